@@ -1,0 +1,97 @@
+"""Tokenised examples and the one batch format that every stage shares.
+
+Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, all (B, T):
+
+- ``input_ids``: tokens; padding holds the tokenizer's pad id.
+- ``labels``: the token itself where it belongs to a response, else ``IGNORE``. Not shifted.
+- ``position_ids``: restart at 0 with every example.
+- ``example_ids``: index of the token's example in its dataset; ``PADDING`` where there is no token. It says
+  which tokens may attend to each other, which tokens count for the balance of experts, and which example
+  a token's loss belongs to, whether rows are packed or padded.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+PADDING = -1
+
+Batch = dict[str, Tensor]
+
+
+class Example(TypedDict):
+    """One tokenised conversation, a row of the data modules' datasets."""
+
+    id: str
+    domain: str
+    input_ids: list[int]
+    labels: list[int]  # as ``Batch["labels"]``; the first label is always IGNORE
+    prompt_length: int  # tokens before the last response: what a generation starts from
+    answer: str  # reference text of the last response
+    metadata: str  # JSON for the task's own verifier, "" where there is none
+
+
+def collate(
+    rows: Sequence[Sequence[int]], dataset: Sequence[Example], *, pad_id: int, length: int | None = None
+) -> Batch:
+    """Lay examples side by side in rows.
+
+    Args:
+        rows: B rows of indices into ``dataset``; a row of several indices is packed.
+        dataset: tokenised examples.
+        pad_id: token written into padding.
+        length: T; default the longest row.
+    Returns: a batch, see the module's docstring.
+    Raises: ValueError: a row is longer than ``length``.
+    """
+    examples = [[(index, dataset[index]) for index in row] for row in rows]
+    widths = [sum(len(example["input_ids"]) for _, example in row) for row in examples]
+    length = max(widths) if length is None else length
+    if max(widths) > length:
+        raise ValueError(f"a row of {max(widths)} tokens does not fit length={length}")
+    shape = (len(rows), length)
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "labels": torch.full(shape, IGNORE),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "example_ids": torch.full(shape, PADDING),
+    }
+    for b, row in enumerate(examples):
+        start = 0
+        for index, example in row:
+            end = start + len(example["input_ids"])
+            batch["input_ids"][b, start:end] = torch.tensor(example["input_ids"])
+            batch["labels"][b, start:end] = torch.tensor(example["labels"])
+            batch["position_ids"][b, start:end] = torch.arange(end - start)
+            batch["example_ids"][b, start:end] = index
+            start = end
+    return batch
+
+
+def length_grouped(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int], *, max_tokens: int):
+    """Group indices into batches of similar length, each at most ``max_tokens`` tokens with its padding.
+
+    Returns: list of lists of indices, longest first, so that a batch that does not fit fails at once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def block_causal_mask(batch: Batch) -> Tensor:
+    """Attention mask that keeps attention inside each example.
+
+    Returns: (B, 1, T, T) bool, True where query (dim 2) may see key (dim 3). Padding sees padding, so no
+        row of the softmax is empty.
+    """
+    ids = batch["example_ids"]
+    same = ids[:, :, None] == ids[:, None, :]
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    return (same & causal)[:, None]

