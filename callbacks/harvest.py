@@ -1,0 +1,141 @@
+"""Expert preparation: harvest the expert parameters of intermediate checkpoints."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback
+from typing_extensions import override
+from upit.pool import Pool
+
+from callbacks.protocol import require_upcycling
+from upit.distributed import barrier, rank
+from upit.families import is_expert
+from upit.sharding import full
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ExpertHarvest(Callback):
+    """Save the expert parameters (FFN) to ``<run>/experts`` at intervals of the dense phase.
+
+    Stage 1 of UpIT (arXiv:2410.01610). Harvests at optimizer-step boundaries: copies the parameters, one at
+    a time when they are sharded, and writes them in the background. The untouched model is kept too, as the base
+    of the task vectors.
+
+    Args:
+        every_n_epochs: interval in epochs; 0.25 is the paper's. Used when neither of the others is given.
+        every_n_steps: interval in optimizer steps.
+        at_steps: explicit optimizer steps.
+        dtype: of the files; default the parameters' own.
+    Raises: ValueError: an interval is not positive, or two kinds of points are given.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: float = 0.25,
+        every_n_steps: int | None = None,
+        at_steps: list[int] | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> None:
+        if every_n_steps is not None and at_steps is not None:
+            raise ValueError("give one of every_n_steps and at_steps, not both")
+        for field, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{field}={value} must be positive")
+        if at_steps is not None and (not at_steps or min(at_steps) < 1):
+            raise ValueError(f"at_steps={at_steps} must list optimizer steps from 1")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.at_steps = at_steps
+        self.dtype = DTYPES[dtype] if dtype else None
+        self.last_step = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="harvest")
+        self._pending: list[Future] = []
+
+    def points(self, *, until: int, steps_per_epoch: int) -> list[int]:
+        """Optimizer steps to harvest at, up to and including ``until``."""
+        if self.at_steps is not None:
+            return sorted({step for step in self.at_steps if step <= until})
+        interval = self.every_n_steps or self.every_n_epochs * steps_per_epoch
+        count = int(until / interval + 1e-6)
+        return sorted({max(1, round(i * interval)) for i in range(1, count + 1)})
+
+    @override
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        if stage == "fit":
+            require_upcycling(pl_module, self)
+
+    @override
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.directory = Path(trainer.default_root_dir) / "experts"
+        self._points: list[int] | None = None
+        if trainer.ckpt_path is None and pl_module.phase == "dense":
+            self._save(trainer, pl_module, step=0)
+
+    @override
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if pl_module.phase != "dense":
+            return
+        if self._points is None:  # the swap is planned by now
+            until = pl_module.swap_step or pl_module.total_steps()
+            self._points = self.points(until=until, steps_per_epoch=pl_module.steps_per_epoch())
+        if any(self.last_step < point <= trainer.global_step for point in self._points):
+            self._save(trainer, pl_module, step=trainer.global_step)
+
+    def _save(self, trainer, pl_module, *, step: int) -> None:
+        tensors = {}
+        for name, param in pl_module.lm.named_parameters():
+            if is_expert(name):
+                whole = full(param)
+                if rank() == 0:
+                    # a copy of its own: the optimizer changes the parameter while the writer still reads
+                    tensors[name] = whole.to("cpu", self.dtype or whole.dtype, copy=True)
+        self.last_step = step
+        if rank() == 0:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
+            epoch = step / pl_module.steps_per_epoch()
+            self.drain()
+            self._pending.append(self._writer.submit(self._write, tensors, step, epoch, metrics))
+
+    def _write(self, tensors: dict[str, torch.Tensor], step: int, epoch: float, metrics: dict[str, float]) -> None:
+        pool = Pool(self.directory)
+        pool.add(tensors, step=step, epoch=epoch, metrics=metrics) if step else pool.set_base(tensors)
+
+    def drain(self) -> None:
+        """Wait for the background writer; raises what went wrong there."""
+        while self._pending:
+            self._pending.pop().result()
+
+    def collect(self) -> Pool:
+        """The pool, every harvested expert on disk and checked; a collective.
+
+        Raises: ExpertFileError: a file is missing, truncated or changed.
+        """
+        self.drain()
+        barrier()
+        pool = Pool.load(self.directory)
+        if rank() == 0:
+            pool.verify()
+        return pool
+
+    @override
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        self.drain()  # a checkpoint vouches for every expert harvested before it
+
+    @override
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        self.drain()
+
+    @override
+    def on_fit_end(self, trainer, pl_module) -> None:
+        self.drain()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self.last_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step = state_dict["last_step"]

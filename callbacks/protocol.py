@@ -1,0 +1,37 @@
+"""What the callbacks see of the trainer's module and data; they import neither."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from upit.pool import Expert
+
+
+class UpcyclingModule(Protocol):
+    """A LightningModule that passes from dense to MoE."""
+
+    phase: str
+    swap_step: int | None
+    moe: Any  # has num_experts and top_k
+    lm: nn.Module
+
+    def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None: ...
+    def plan_swap(self, step: int) -> None: ...
+    def steps_per_epoch(self) -> int: ...
+    def total_steps(self) -> int: ...
+    def autocast(self) -> AbstractContextManager: ...
+    def score(self, track=...) -> dict[str, Any]: ...
+
+
+def upcycles(module: Any) -> bool:
+    """Whether a module can pass from dense to MoE."""
+    return hasattr(module, "upcycle") and hasattr(module, "plan_swap")
+
+
+def require_upcycling(module: Any, callback: object) -> None:
+    if not upcycles(module):
+        raise TypeError(
+            f"{type(callback).__name__} needs a module that passes from dense to MoE, such as "
+            f"lightning_modules.UpITModule; got {type(module).__name__}"
+        )

@@ -1,0 +1,251 @@
+"""The swap: expand the harvested experts, initialise the router, and let the module become a MoE mid-run."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from tqdm.auto import tqdm
+from typing_extensions import override
+from upit.expansion import Expansion, expand
+from upit.seed_data import draw_seed
+
+from callbacks.harvest import ExpertHarvest
+from callbacks.protocol import require_upcycling
+from upit.distributed import barrier, broadcast, rank
+from upit.evaluation import drift, reference_logits
+from upit.families import check_top_k
+from upit.files import write_json
+from upit.router_init import RouterSettings, initialise_router
+from upit.scoring import score_seeds
+
+
+class Upcycling(Callback):
+    """Stages 2 to 4 of UpIT (arXiv:2410.01610), between two optimizer steps of a running fit.
+
+    Exactly one of ``at_epoch`` and ``at_step`` says when; the swap happens before the first batch after that
+    point, so the epoch's validation and checkpoints still see the dense model.
+
+    Args:
+        at_epoch: epochs of dense training; may be a fraction.
+        at_step: optimizer steps of dense training.
+        policy: which checkpoints become experts when there are more than experts (ours).
+        drop_rate: DARE's p for merged experts; 0.2 is ours, not the paper's.
+        seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
+        capacity_factor: room of an expert's bucket over an even share; None for no limit. Ours.
+        router: "upit" pre-optimises routing vectors, "random" is Mixtral's own initialisation.
+        router_alpha, router_epochs: of the pre-optimisation; 0.5 and 4 are the paper's.
+        router_lr: of the routing vectors; ours.
+        expert_lr: train each expert along with its vectors, at this rate; None trains the vectors alone. Ours.
+        router_batch_size: seed examples a step; ours.
+        drift_examples: held-out examples whose logits are compared before and after the swap.
+        seed: of alphas, DARE masks, seed data and starting vectors.
+    Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
+    """
+
+    def __init__(
+        self,
+        at_epoch: float | None = None,
+        at_step: int | None = None,
+        policy: Literal["even", "last", "most_diverse"] = "even",
+        drop_rate: float = 0.2,
+        seed_fraction: float = 0.01,
+        capacity_factor: float | None = 1.0,
+        router: Literal["upit", "random"] = "upit",
+        router_alpha: float = 0.5,
+        router_epochs: int = 4,
+        router_lr: float = 1e-3,
+        expert_lr: float | None = None,
+        router_batch_size: int = 8,
+        drift_examples: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if (at_epoch is None) == (at_step is None):
+            raise ValueError(f"give one of at_epoch and at_step: got at_epoch={at_epoch}, at_step={at_step}")
+        if not 0.0 <= drop_rate < 1.0:
+            raise ValueError(f"drop_rate={drop_rate} must lie in [0, 1)")
+        if not 0.0 < seed_fraction <= 1.0:
+            raise ValueError(f"seed_fraction={seed_fraction} must lie in (0, 1]")
+        if capacity_factor is not None and capacity_factor < 1.0:
+            raise ValueError(
+                f"capacity_factor={capacity_factor} leaves examples without an expert; at least 1, or null"
+            )
+        if not 0.0 <= router_alpha <= 1.0:
+            raise ValueError(f"router_alpha={router_alpha} must lie in [0, 1]")
+        self.at_epoch = at_epoch
+        self.at_step = at_step
+        self.policy = policy
+        self.drop_rate = drop_rate
+        self.seed_fraction = seed_fraction
+        self.capacity_factor = capacity_factor
+        self.settings = RouterSettings(
+            router, router_alpha, router_epochs, router_lr, expert_lr, router_batch_size, seed
+        )
+        self.drift_examples = drift_examples
+        self.seed = seed
+        self.wall_seconds: dict[str, float] = {}
+
+    # --- before the fit ------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        if stage != "fit":
+            return
+        require_upcycling(pl_module, self)
+        for callback in trainer.callbacks:
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} keeps copies of the dense weights and would save them as the MoE's; "
+                    "remove it from trainer.callbacks"
+                )
+        if trainer.fast_dev_run:
+            _widen_fast_dev_run(trainer)
+        check_top_k(pl_module.moe.num_experts, pl_module.moe.top_k)
+        self.harvest = self._harvest_of(trainer)
+        self._plan(trainer, pl_module)
+
+    def _harvest_of(self, trainer) -> ExpertHarvest:
+        for callback in trainer.callbacks:
+            if isinstance(callback, ExpertHarvest):
+                return callback
+        raise ValueError("Upcycling needs the experts that callbacks.ExpertHarvest saves: add it to trainer.callbacks")
+
+    def _plan(self, trainer, module) -> None:
+        """Fix the swap's step and check everything that depends on it."""
+        per_epoch, total = module.steps_per_epoch(), module.total_steps()
+        step = total // 2 if trainer.fast_dev_run else self.at_step
+        if step is None:
+            step = round(float(self.at_epoch or 0) * per_epoch)
+        said = f"at_step={self.at_step}" if self.at_epoch is None else f"at_epoch={self.at_epoch}"
+        if not 0 < step < total:
+            raise ValueError(
+                f"Upcycling.{said} is optimizer step {step}, but the fit has {total} steps: "
+                "swap before its end, or raise trainer.max_epochs"
+            )
+        if trainer.fast_dev_run:
+            self.harvest.at_steps = list(range(1, step + 1))
+            self.seed_fraction = 1.0
+        points = self.harvest.points(until=step, steps_per_epoch=per_epoch)
+        if not points:
+            raise ValueError(f"Upcycling.{said} (step {step}) comes before the first harvest; harvest earlier")
+        num_experts = module.moe.num_experts
+        if num_experts > len(points) and len(points) < 2:
+            raise ValueError(
+                f"num_experts={num_experts} needs at least 2 checkpoints to merge, the harvest gives {len(points)} "
+                f"(steps {points}); harvest more often"
+            )
+        self._seed_indices(trainer, num_experts)
+        module.plan_swap(step)
+
+    def _seed_indices(self, trainer, num_experts: int) -> list[int]:
+        size = len(trainer.datamodule.train_set)
+        return draw_seed(size, fraction=self.seed_fraction, seed=self.seed, minimum=num_experts)
+
+    # --- the swap ------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if pl_module.phase == "dense" and trainer.global_step >= pl_module.swap_step:
+            self._notify(trainer, pl_module, "on_upcycling_start")
+            self.upcycle(trainer, pl_module)
+            self._notify(trainer, pl_module, "on_upcycling_end")
+
+    def upcycle(self, trainer, module) -> None:
+        """Expand, score the seed data, initialise the router, swap."""
+        run = Path(trainer.default_root_dir) / "upcycling"
+        data, dense = trainer.datamodule, module.lm
+        module.eval()
+        with self._timed("expansion"):
+            pool = self.harvest.collect()
+            expansion = self._expand(pool, module.moe.num_experts, run)
+        before = reference_logits(dense, data, self.drift_examples, autocast=module.autocast)
+        with self._timed("seed_scoring"):
+            indices = self._seed_indices(trainer, len(expansion.experts))
+            seeds = score_seeds(
+                dense,
+                expansion.experts,
+                indices,
+                data,
+                capacity_factor=self.capacity_factor,
+                file=run / "seed_perplexity.json",
+                autocast=module.autocast,
+                track=self._bar("Scoring seed data"),
+            )
+        with self._timed("router_initialisation"):
+            experts, router_DEH = initialise_router(
+                dense,
+                expansion.experts,
+                seeds,
+                data,
+                settings=self.settings,
+                directory=run / "router",
+                autocast=module.autocast,
+                track=self._bar("Initialising the router"),
+            )
+        with self._timed("swap"):
+            module.upcycle(experts, router_DEH)
+            follow_module(trainer)
+        module.eval()
+        self.drift = drift(module.lm, before, data, self.drift_examples, autocast=module.autocast)
+        module.train()
+        self.expansion, self.seeds = expansion, seeds
+        trainer.lightning_module.log("moe/swap_drift_kl", self.drift, batch_size=1, rank_zero_only=True)
+
+    def _expand(self, pool, num_experts: int, run: Path) -> Expansion:
+        expansion = None
+        if rank() == 0:
+            expansion = expand(
+                pool.experts,
+                pool.base,
+                num_experts=num_experts,
+                drop_rate=self.drop_rate,
+                seed=self.seed,
+                output=run / "experts",
+                policy=self.policy,
+                progress=self._bar("Expanding experts"),
+            )
+            write_json(run / "lineage.json", expansion.lineage)
+            write_json(run / "similarity.json", expansion.similarity)
+        barrier()
+        return broadcast(expansion)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.wall_seconds[stage] = time.perf_counter() - start
+
+    def _bar(self, text: str):
+        return lambda items, what="": tqdm(items, desc=f"{text} {what}".strip(), leave=False, disable=rank() > 0)
+
+    def _notify(self, trainer, module, hook: str) -> None:
+        """Tell the other callbacks: ``on_upcycling_start`` and ``on_upcycling_end`` (trainer, module, upcycling)."""
+        for callback in trainer.callbacks:
+            if hasattr(callback, hook):
+                getattr(callback, hook)(trainer, module, self)
+
+
+def follow_module(trainer) -> None:
+    """Let strategy, optimizer and scheduler follow a module whose parameters were replaced.
+
+    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = strategy._setup_model(trainer.lightning_module)
+    strategy.setup_optimizers(trainer)
+
+
+def _widen_fast_dev_run(trainer) -> None:
+    """Give ``fast_dev_run`` the four optimizer steps that all the stages need: two dense, two MoE."""
+    batches = 4 * trainer.accumulate_grad_batches
+    trainer.limit_train_batches = batches
+    trainer.fit_loop.epoch_loop.max_steps = max(4, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+__all__ = ["Upcycling", "follow_module"]

@@ -1,0 +1,47 @@
+"""Instruction tuning of a dense model."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+from upit.losses import response_loss
+
+from lightning_modules.base import CausalLMModule
+from upit.examples import Batch
+from upit.models import build, check_tokenizer, load_pretrained, scratch_config
+
+
+class DenseModule(CausalLMModule):
+    """Full fine-tuning of a dense causal LM; the loss is on the response tokens only.
+
+    Args:
+        model: a local directory, a hub id, a ``.gguf`` file or ``package://NAME/FILE.gguf``; None to train from
+            scratch.
+        config: fields of ``LlamaConfig`` for a model from scratch (its vocabulary is the tokenizer's).
+    Raises: ValueError: not exactly one of ``model`` and ``config`` is given.
+    """
+
+    phase = "dense"
+
+    def __init__(self, model: str | None = None, config: dict[str, Any] | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if (model is None) == (config is None):
+            raise ValueError(f"give one of model and config: got model={model!r}, config={config!r}")
+        self.source = model
+        self.config = config
+
+    @override
+    def load(self) -> PreTrainedModel:
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if self.config is not None:
+            return build(scratch_config(self.config, tokenizer))
+        model = load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)
+        check_tokenizer(model.config, tokenizer, source=str(self.source))
+        return model
+
+    @override
+    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits_LV, targets_L, count = self.response_terms(batch)
+        loss = response_loss(logits_LV=logits_LV, targets_L=targets_L, denominator=count)
+        return loss, {"lm_loss": loss.detach()}

@@ -1,0 +1,64 @@
+"""Post-training of a Mixture-of-Experts."""
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+from upit.losses import load_balancing_loss, response_loss
+
+from lightning_modules.base import CausalLMModule, mask_of
+from upit.distributed import all_sum, world_size
+from upit.examples import Batch
+from upit.families import check_top_k
+from upit.forward import router_logits_of
+from upit.models import check_tokenizer, load_pretrained
+
+
+class MoEModule(CausalLMModule):
+    """Language-modelling loss plus a load-balancing loss, padding excluded (arXiv:2410.01610, stage 4).
+
+    Args:
+        model: an exported MoE to start from; None inside :class:`UpITModule`, which upcycles one.
+        num_experts: experts a layer, of the MoE that is upcycled; default ours.
+        top_k: experts a token; 2 is the paper's.
+        load_balancing_weight: ours, not the paper's; 0 turns it off.
+    """
+
+    phase = "moe"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        num_experts: int = 8,
+        top_k: int = 2,
+        load_balancing_weight: float = 0.01,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_top_k(num_experts, top_k)
+        self.source = model
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.load_balancing_weight = load_balancing_weight
+
+    @override
+    def load(self) -> PreTrainedModel:
+        if self.source is None:
+            raise ValueError("MoEModule has model=None: name an exported MoE, or upcycle one with UpITModule")
+        model = load_pretrained(self.source, moe=True, trust_remote_code=self.trust_remote_code)
+        check_tokenizer(model.config, self.trainer.datamodule.tokenizer, source=self.source)  # type: ignore[attr-defined]
+        return model
+
+    @override
+    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with router_logits_of(self.lm) as router_logits:
+            logits_LV, targets_L, count = self.response_terms(batch)
+        lm_loss = response_loss(logits_LV=logits_LV, targets_L=targets_L, denominator=count)
+        balance = load_balancing_loss(
+            router_logits=router_logits,
+            top_k=self.lm.config.num_experts_per_tok,
+            mask_T=mask_of(batch),
+            reduce_counts=all_sum,
+            world_size=world_size(),
+        )
+        terms = {"lm_loss": lm_loss.detach(), "load_balancing_loss": balance.detach()}
+        return lm_loss + self.load_balancing_weight * balance, terms

@@ -1,0 +1,130 @@
+"""``upit fit | validate | test | predict | export``: the command line. The only part of upit that knows lightning."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+SUBCOMMANDS = {
+    "fit": "run the whole method, or one phase, from a YAML config",
+    "validate": "held-out loss of a dense or MoE checkpoint",
+    "test": "exact match per domain of a dense or MoE checkpoint",
+    "predict": "answer the prompts of a JSONL file",
+    "export": "write a checkpoint's model in stock transformers format",
+}
+RUN_DIR = "UPIT_RUN_DIR"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. Imports torch only for the subcommands that need it."""
+    args = sys.argv[1:] if args is None else args
+    command = args[0] if args else "--help"
+    if command not in SUBCOMMANDS:
+        _overview().parse_args(args or ["--help"])
+    elif command == "export":
+        _export(args[1:])
+    else:
+        _train(args)
+
+
+def _overview() -> argparse.ArgumentParser:
+    from upit import __version__
+
+    lines = "\n".join(f"  {name:10} {text}" for name, text in SUBCOMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "upit",
+        description="Upcycle a dense language model into a Mixture-of-Experts during instruction tuning.",
+        epilog=f"subcommands:\n{lines}\n\nupit SUBCOMMAND --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"upit {__version__}")
+    parser.add_argument("subcommand", choices=list(SUBCOMMANDS), metavar="SUBCOMMAND")
+    return parser
+
+
+def _export(args: list[str]) -> None:
+    parser = argparse.ArgumentParser("upit export", description="Write a checkpoint's model for stock transformers.")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run, before or after the swap")
+    parser.add_argument("--output", required=True, help="directory to write; must not hold anything yet")
+    parser.add_argument("--tokenizer", help="its directory; default: tokenizer/ of the checkpoint's run")
+    options = parser.parse_args(args)
+    from upit.export import export_checkpoint
+
+    try:
+        output = export_checkpoint(options.ckpt_path, options.output, tokenizer=options.tokenizer)
+    except (FileNotFoundError, FileExistsError, ValueError) as error:
+        parser.error(str(error))
+    print(f"Exported to {output}")
+
+
+def _train(args: list[str]) -> None:
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # checkpoints never run code
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import lightning as L
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    class CLI(LightningCLI):
+        """LightningCLI whose runs each have a directory of their own."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.set_defaults({"trainer.default_root_dir": "runs/run"})
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
+            if self.subcommand == "fit":
+                run.mkdir(parents=True, exist_ok=True)
+            config.trainer.default_root_dir = str(run)
+            if config.trainer.logger in (None, True):
+                config.trainer.logger = [_logger(name, run) for name in ("TensorBoardLogger", "CSVLogger")]
+                if self.subcommand != "fit":
+                    config.trainer.logger = False
+
+        def instantiate_trainer(self, **kwargs) -> L.Trainer:
+            trainer = super().instantiate_trainer(**kwargs)
+            if self.subcommand == "predict":
+                from callbacks import WriteAnswers
+
+                trainer.callbacks.append(WriteAnswers())
+            return trainer
+
+    CLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
+        args=args,
+    )
+
+
+def run_directory(wanted: Path, ckpt_path: str | None) -> Path:
+    """Where a run leaves its things: the wanted directory, or one beside it where that is taken.
+
+    A resumed run goes on in the directory of its checkpoint. Processes that a run starts share its directory.
+    """
+    if RUN_DIR in os.environ:
+        return Path(os.environ[RUN_DIR])
+    run = wanted
+    if ckpt_path:
+        found = Path(ckpt_path).resolve().parent
+        run = found.parent if found.name == "checkpoints" else wanted
+    elif "RANK" not in os.environ:  # under an external launcher all ranks must agree on the name
+        taken = 2
+        while run.exists() and any(run.iterdir()):
+            run, taken = wanted.with_name(f"{wanted.name}-{taken}"), taken + 1
+    os.environ[RUN_DIR] = str(run)
+    return run
+
+
+def _logger(name: str, run: Path):
+    from jsonargparse import Namespace
+
+    args = Namespace(save_dir=str(run), name="", version="")
+    return Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=args)
+
+
+if __name__ == "__main__":
+    main()

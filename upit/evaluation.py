@@ -1,0 +1,138 @@
+"""Held-out evaluation: response loss and exact match of greedy answers, per domain."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upit.distributed import all_sum, own_share, world_size
+from upit.examples import Example, collate, length_grouped
+from upit.forward import response_logits
+from upit.scoring import Autocast, score_examples, to_device
+
+Verify = Callable[[Mapping[str, Any], str], bool]
+Scores = dict[str, Any]
+
+
+@torch.no_grad()
+def greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+    """Answer a batch of prompts greedily with a KV cache, left-padded; stops at the end of the turn.
+
+    A collective when the model is sharded: every rank must call it the same number of times.
+    """
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    batch = to_device(
+        {
+            "input_ids": torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]),
+            "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+        },
+        device,
+    )
+    ids = model.generate(  # type: ignore[operator]
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        synced_gpus=world_size() > 1,
+    )
+    return tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+
+
+def answer_budget(dataset: Sequence[Example], *, margin: int = 4) -> int:
+    """Tokens to allow a generation: the longest reference response and a margin."""
+    return max(len(example["input_ids"]) - example["prompt_length"] for example in dataset) + margin
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    dataset: Sequence[Example],
+    verify: Verify,
+    *,
+    max_new_tokens: int | None = None,
+    max_tokens: int = 8192,
+    autocast: Autocast = nullcontext,
+    track: Callable[[Iterable], Iterable] = lambda batches: batches,
+) -> Scores:
+    """Loss and exact match on held-out examples; the ranks share the work.
+
+    Args:
+        verify: says whether a completion answers an example (the task's own verifier).
+        max_new_tokens: default :func:`answer_budget`.
+        max_tokens: prompt tokens in a batch, with padding.
+    Returns: ``{"domains": {name: {"loss", "exact_match"}}, "average": {"loss", "exact_match"}}``. A domain's loss
+        is in nats, the mean over its response tokens; exact match lies in 0..1; the average weighs domains alike.
+    """
+    was_training = model.training
+    model.eval()
+    rows = [dataset[i] for i in range(len(dataset))]
+    indices = list(range(len(rows)))
+    loss_S, tokens_S = score_examples(
+        model, indices, rows, pad_id=tokenizer.pad_token_id, max_tokens=max_tokens, autocast=autocast
+    )
+    budget = answer_budget(rows) if max_new_tokens is None else max_new_tokens
+    right_S = torch.zeros(len(rows), device=next(model.parameters()).device)
+    groups = length_grouped(indices, [row["prompt_length"] + budget for row in rows], max_tokens=max_tokens)
+    for group, counts in track(own_share(groups)):
+        prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in group]
+        with autocast():
+            answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=budget)
+        if counts:
+            for i, answer in zip(group, answers, strict=True):
+                right_S[i] = float(verify(rows[i], answer))
+    all_sum(right_S)
+    model.train(was_training)
+    return summarise([row["domain"] for row in rows], loss_S.tolist(), tokens_S.tolist(), right_S.tolist())
+
+
+def summarise(
+    domains: Sequence[str], losses: Sequence[float], tokens: Sequence[float], right: Sequence[float]
+) -> Scores:
+    """Scores per domain and their average, from one entry per example; see :func:`evaluate`."""
+    scores = {}
+    for name in sorted(set(domains)):
+        own = [i for i, domain in enumerate(domains) if domain == name]
+        scores[name] = {
+            "loss": sum(losses[i] for i in own) / max(1.0, sum(tokens[i] for i in own)),
+            "exact_match": sum(right[i] for i in own) / len(own),
+        }
+    average = {key: sum(s[key] for s in scores.values()) / len(scores) for key in ("loss", "exact_match")}
+    return {"domains": scores, "average": average}
+
+
+@torch.no_grad()
+def reference_logits(model: nn.Module, data, num_examples: int, *, autocast: Autocast = nullcontext) -> list[Tensor]:
+    """Response logits on the first held-out examples, one (tokens, vocabulary) float32 CPU tensor a batch.
+
+    Every rank computes all of them.
+    """
+    device = next(model.parameters()).device
+    indices = list(range(min(num_examples, len(data.heldout_set))))
+    lengths = {i: len(data.heldout_set[i]["input_ids"]) for i in indices}
+    logits = []
+    for group in length_grouped(indices, lengths, max_tokens=4096):
+        batch = collate([[i] for i in group], data.heldout_set, pad_id=data.tokenizer.pad_token_id)
+        with autocast():
+            logits_LV, _, _ = response_logits(model, to_device(batch, device))
+        logits.append(logits_LV.to("cpu", torch.float32))
+    return logits
+
+
+def drift(
+    model: nn.Module, before: list[Tensor], data, num_examples: int, *, autocast: Autocast = nullcontext
+) -> float:
+    """How far the swap moved the model: mean KL(before || now) in nats over held-out response tokens."""
+    now = reference_logits(model, data, num_examples, autocast=autocast)
+    total = sum(
+        float(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"))
+        for a, b in zip(before, now, strict=True)
+    )
+    return total / max(1, sum(len(logits) for logits in before))

@@ -1,0 +1,124 @@
+"""Export a model in stock transformers format: weights, tokenizer, chat template and a model card."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from upit.checkpoints import config_of, read_identity, read_weights
+from upit.files import read_json
+
+
+def export_model(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], tokenizer, output: str | Path, *, card: str
+) -> Path:
+    """Write a model that stock ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Args:
+        config: of a dense or a MoE family.
+        weights: state dict, its names as in transformers.
+        output: a directory that does not exist or is empty; it appears only when complete.
+        card: text of the README.md.
+    Raises:
+        FileExistsError: the output is not empty.
+        RuntimeError: a weight is missing or unexpected.
+    """
+    output = Path(output)
+    check_output(output)
+    beside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
+    weights = {name: tensor for name, tensor in weights.items() if name not in tied}
+    missing, unexpected = model.load_state_dict(weights, assign=True, strict=False)
+    if set(missing) - tied or unexpected:
+        raise RuntimeError(f"the weights don't fit the config: missing {set(missing) - tied}, unexpected {unexpected}")
+    model.tie_weights()
+    model.config.dtype = next(iter(weights.values())).dtype
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    (beside / "README.md").write_text(card)
+    if output.exists():
+        output.rmdir()
+    beside.replace(output)
+    return output
+
+
+def check_output(output: Path) -> None:
+    """Raises: FileExistsError: the directory holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} is not empty; name another directory")
+
+
+def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: str | None = None) -> Path:
+    """Export the dense or the MoE model of a training checkpoint.
+
+    Args:
+        tokenizer: its directory; default ``tokenizer/`` of the run that the checkpoint lies in.
+    Raises: FileNotFoundError: no such checkpoint or tokenizer; see also :func:`export_model`.
+    """
+    ckpt_path, output = Path(ckpt_path), Path(output)
+    check_output(output)
+    identity = read_identity(ckpt_path)
+    run = ckpt_path.resolve().parent.parent
+    folder = Path(tokenizer) if tokenizer else run / "tokenizer"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no tokenizer at {str(folder)!r}; name its directory with --tokenizer")
+    return export_model(
+        config_of(identity),
+        read_weights(ckpt_path),
+        AutoTokenizer.from_pretrained(folder),
+        output,
+        card=model_card(identity, run, name=output.name),
+    )
+
+
+def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
+    """README.md of an exported model: method, lineage, data, metrics, how to load."""
+    moe = identity["phase"] == "moe"
+    kind = f"{identity['num_experts']} experts, top-{identity['top_k']}" if moe else "dense"
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- upit\n"
+        + ("- moe\n" if moe else "")
+        + "---\n",
+        f"# {name}\n",
+        f"A {identity['config']['model_type']} causal language model ({kind}), trained with upit: upcycling "
+        "instruction tuning from dense to Mixture-of-Experts via parameter merging "
+        "([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n",
+        "## Load\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
+    ]
+    lineage, report = run / "upcycling" / "lineage.json", run / "report.json"
+    if moe and lineage.exists():
+        rows = "\n".join(f"| {entry['expert']} | {origin(entry)} |" for entry in read_json(lineage))
+        parts.append(f"## Experts\n| expert | origin |\n|---|---|\n{rows}\n")
+    if report.exists():
+        content = read_json(report)
+        stages = content["stages"]
+        rows = "\n".join(
+            f"| {stage} | {scores['average']['loss']:.4f} | {scores['average']['exact_match']:.1%} |"
+            for stage, scores in stages.items()
+        )
+        domains = ", ".join(next(iter(stages.values()))["domains"]) if stages else ""
+        parts.append(
+            f"## Data and metrics\nHeld-out examples of the domains: {domains}. Averages over the domains.\n\n"
+            f"| stage | loss (nats) | exact match |\n|---|---|---|\n{rows}\n"
+        )
+    return "\n".join(parts)
+
+
+def origin(entry: Mapping[str, Any]) -> str:
+    """Where an expert of a lineage comes from, in words."""
+    if entry["kind"] == "harvested":
+        return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f})"
+    j, k = entry["parents"]
+    return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, DARE p = {entry['drop_rate']}"

@@ -1,0 +1,89 @@
+"""Build dense and MoE models: from pretrained weights, or from a config."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from upit import experts
+from upit.families import MOE_TYPES, family_of
+from upit.sources import resolve
+
+
+def scratch_config(fields: dict[str, Any], tokenizer) -> LlamaConfig:
+    """Config of a Llama to train from scratch, its vocabulary and special tokens the tokenizer's."""
+    return LlamaConfig(
+        **{"attn_implementation": "sdpa", "tie_word_embeddings": True, **fields},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config with freshly initialised weights, in torch's default dtype."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
+    return _prepare(model)
+
+
+def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal LM in torch's default dtype.
+
+    Args:
+        source: see :func:`upit.sources.resolve`.
+        moe: expect an exported MoE, not a dense model.
+    Raises:
+        ValueError: the architecture is unsupported.
+        FileNotFoundError: no such source.
+    """
+    name, kwargs = resolve(source)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    if moe and config.model_type not in MOE_TYPES:
+        raise ValueError(f"{source!r} is a {config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}")
+    if not moe:
+        family_of(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        attn_implementation="sdpa",
+        dtype=torch.get_default_dtype(),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=None if kwargs else True,
+        **kwargs,
+    )
+    if kwargs:  # a GGUF's config carries a quantisation that save_pretrained refuses: start from a clean one
+        model = _dequantised(model)
+    return _prepare(model)
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    fields = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "dtype"):
+        fields.pop(key, None)
+    clean = build(type(model.config)(**fields))
+    clean.load_state_dict(model.state_dict())
+    return clean
+
+
+def _prepare(model: PreTrainedModel) -> PreTrainedModel:
+    model.generation_config.do_sample = False
+    for sampling in ("temperature", "top_p", "top_k"):
+        setattr(model.generation_config, sampling, None)
+    if model.config.model_type in MOE_TYPES:
+        experts.use(model)
+    return model
+
+
+def check_tokenizer(config: PretrainedConfig, tokenizer, *, source: str) -> None:
+    """Raises: ValueError: the tokenizer has ids that the model's embedding lacks, or other special tokens."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but {source!r} embeds {config.vocab_size}: "
+            "set data.tokenizer to the model's own"
+        )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if config.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        raise ValueError(
+            f"the tokenizer ends a turn with id {tokenizer.eos_token_id} but {source!r} with {ends}: "
+            "set data.tokenizer to the model's own"
+        )

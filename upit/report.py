@@ -1,0 +1,48 @@
+"""The table at the end of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from upit.export import origin
+
+
+def print_report(
+    report: Mapping[str, Any], lineage: list[dict[str, Any]], run: Path, console: Console | None = None
+) -> None:
+    """Print scores per domain and stage, the experts' lineage with their seed examples, and where things lie."""
+    console = console or Console()
+    stages = report["stages"]
+    table = Table(title="Held-out loss (nats) and exact match")
+    table.add_column("domain")
+    for stage in stages:
+        table.add_column(f"{stage}", justify="right")
+    domains = list(next(iter(stages.values()))["domains"]) if stages else []
+    for domain in domains:
+        table.add_row(domain, *[_cell(scores["domains"][domain]) for scores in stages.values()])
+    table.add_section()
+    table.add_row("average", *[_cell(scores["average"]) for scores in stages.values()], style="bold")
+    console.print(table)
+
+    if lineage:
+        experts = Table(title=f"{report['num_experts']} experts, top-{report['top_k']}")
+        experts.add_column("expert", justify="right")
+        experts.add_column("origin")
+        experts.add_column("seed examples", justify="right")
+        for entry, count in zip(lineage, report["seed_counts"], strict=True):
+            experts.add_row(str(entry["expert"]), origin(entry), str(count))
+        console.print(experts)
+
+    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in report["wall_seconds"].items())
+    console.print(f"Seconds: {seconds}")
+    for part in ("report.json", "experts", "upcycling", "checkpoints", "export"):
+        if (run / part).exists():
+            console.print(f"{part:12} {run / part}", soft_wrap=True)
+    console.print(f"TensorBoard: tensorboard --logdir {run}", soft_wrap=True)
+
+
+def _cell(scores: Mapping[str, float]) -> str:
+    return f"{scores['loss']:.3f}  {scores['exact_match']:6.1%}"

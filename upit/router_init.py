@@ -1,0 +1,222 @@
+"""Router initialisation: routing vectors pre-optimised on each expert's own seed bucket (arXiv:2410.01610)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
+from upit.examples import IGNORE, PADDING, Example, collate
+from upit.families import is_expert
+from upit.forward import ffn_inputs_of, response_logits
+from upit.losses import response_loss
+from upit.pool import Expert, write_expert
+from upit.scoring import Autocast, Seeds, fingerprint, load_expert, to_device
+from upit.sharding import full
+
+
+@dataclass
+class RouterSettings:
+    """How the router is initialised; defaults and their sources stand at ``callbacks.Upcycling``."""
+
+    method: Literal["upit", "random"]
+    alpha: float
+    epochs: int
+    lr: float
+    expert_lr: float | None
+    batch_size: int
+    seed: int
+
+
+def initialise_router(
+    dense: nn.Module,
+    experts: Sequence[Expert],
+    seeds: Seeds,
+    data,
+    *,
+    settings: RouterSettings,
+    directory: Path,
+    autocast: Autocast = nullcontext,
+    track: Callable[[Iterable], Iterable] = lambda experts: experts,
+) -> tuple[list[Expert], Tensor]:
+    """Routing vectors of all experts: row i of each layer's router weight is expert i's vector.
+
+    Every finished expert is kept in ``directory`` under a fingerprint of all it depends on, and reused.
+
+    Args:
+        dense: model in evaluation mode; its FFN is overwritten.
+        seeds: scored and assigned seed data.
+    Returns: the experts (trained along where ``settings.expert_lr`` is set) and ``router_DEH``, float32, on the CPU.
+    """
+    if settings.method == "random":
+        generator = torch.Generator().manual_seed(settings.seed)
+        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)  # type: ignore[union-attr]
+        return list(experts), torch.randn(shape, generator=generator) * dense.config.initializer_range  # type: ignore[union-attr]
+    state, done, vectors = fingerprint(dense), [], []
+    for i, expert in enumerate(track(experts)):
+        bucket = seeds.bucket(i)
+        key = hashlib.sha256(json.dumps([expert.sha256, bucket, asdict(settings), state]).encode()).hexdigest()
+        expert_i, vectors_DH = _initialise_expert(dense, i, expert, bucket, data, settings, directory, key, autocast)
+        done.append(expert_i)
+        vectors.append(vectors_DH)
+    return done, torch.stack(vectors, dim=1)
+
+
+def _initialise_expert(
+    dense, i: int, expert: Expert, bucket, data, settings: RouterSettings, directory: Path, key: str, autocast
+) -> tuple[Expert, Tensor]:
+    vector_file, expert_file = (
+        directory / f"vectors_{i:02d}.safetensors",
+        directory / f"expert_{i:02d}.safetensors",
+    )
+    if found := broadcast(_finished(vector_file, key)):
+        with safe_open(vector_file, "pt") as file:
+            tuned = replace(expert, file=expert_file, sha256=found) if settings.expert_lr else expert
+            return tuned, file.get_tensor("vectors")
+    load_expert(dense, expert)
+    vectors_DH = optimise_routing_vectors(
+        dense,
+        bucket,
+        data.train_set,
+        pad_id=data.tokenizer.pad_token_id,
+        alpha=settings.alpha,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        expert_lr=settings.expert_lr,
+        batch_size=settings.batch_size,
+        seed=settings.seed + i,
+        autocast=autocast,
+    ).cpu()
+    sha256 = expert.sha256
+    if settings.expert_lr:
+        sha256 = broadcast(_write_tuned(dense, expert_file, key))
+        expert = replace(expert, file=expert_file, sha256=sha256)
+    if rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        beside = vector_file.with_suffix(".tmp")
+        save_file({"vectors": vectors_DH}, beside, metadata={"key": key, "expert_sha256": sha256})
+        beside.replace(vector_file)
+    barrier()
+    return expert, vectors_DH
+
+
+def _finished(vector_file: Path, key: str) -> str | None:
+    """The expert's sha256 where its routing vectors are on disk and still match."""
+    if not vector_file.exists():
+        return None
+    with safe_open(vector_file, "pt") as file:
+        metadata = file.metadata()
+    return metadata["expert_sha256"] if metadata["key"] == key else None
+
+
+def _write_tuned(dense: nn.Module, path: Path, key: str) -> str | None:
+    """Write the FFN that stands in ``dense``; gathers one tensor at a time when sharded."""
+    params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
+    whole = ((name, full(param).cpu()) for name, param in params.items())
+    if rank() > 0:
+        for _ in whole:
+            pass
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    specs = {name: (param.dtype, tuple(param.shape)) for name, param in params.items()}
+    return write_expert(path, whole, specs, {"key": key})
+
+
+def routing_loss(ffn_inputs: Sequence[Tensor], vectors_DH: Tensor, mask_BT: Tensor, *, denominator: Tensor) -> Tensor:
+    """``L_aux = BCE(sigmoid(h . r), 1)``, mean over tokens and layers (arXiv:2410.01610).
+
+    Args:
+        ffn_inputs: one (B, T, H) tensor for each of the D layers.
+        vectors_DH: the expert's routing vector in each layer.
+        mask_BT: True for real tokens.
+        denominator: number of real tokens to average over.
+    """
+    scores_DN = torch.stack([h[mask_BT].float() @ r for h, r in zip(ffn_inputs, vectors_DH, strict=True)])
+    return F.softplus(-scores_DN).sum() / (denominator * len(vectors_DH))
+
+
+def optimise_routing_vectors(
+    dense: nn.Module,
+    bucket: Sequence[int],
+    dataset: Sequence[Example],
+    *,
+    pad_id: int,
+    alpha: float = 0.5,
+    epochs: int = 4,
+    lr: float = 1e-3,
+    expert_lr: float | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    autocast: Autocast = nullcontext,
+    track: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+) -> Tensor:
+    """Pre-optimise one expert's routing vectors on its own seed bucket.
+
+    ``L = alpha * L_lm + (1 - alpha) * L_aux``. The expert's FFN already stands in ``dense``.
+
+    Args:
+        bucket: indices of the seed examples that the expert got; empty gives the starting vectors.
+        alpha, epochs: 0.5 and 4 are the paper's.
+        lr: of the vectors, AdamW; ours, not the paper's.
+        expert_lr: train the expert's FFN too, in place, at this rate; None leaves it as it is (the paper's
+            text can be read both ways), and then ``L_lm`` has nothing to move.
+        batch_size: examples a step over all ranks; ours.
+        seed: starting vectors (normal, std 0.02, Mixtral's own) and order of the examples.
+    Returns: (layers, H) float32, on the model's device.
+    """
+    device = next(dense.parameters()).device
+    config: Any = dense.config
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(config.num_hidden_layers, config.hidden_size, generator=generator) * config.initializer_range
+    vectors_DH = nn.Parameter(start.to(device))
+    groups: list[dict[str, Any]] = [{"params": [vectors_DH], "lr": lr}]
+    experts = [param for name, param in dense.named_parameters() if is_expert(name)] if expert_lr else []
+    required = {param: param.requires_grad for param in dense.parameters()}
+    dense.requires_grad_(False)
+    for param in experts:
+        param.requires_grad_(True)
+    if experts:
+        groups.append({"params": experts, "lr": expert_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
+
+    for _ in track(range(epochs)):
+        order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+        for start_at in range(0, len(order), batch_size):
+            indices = order[start_at : start_at + batch_size]
+            batch = to_device(_rank_rows(indices, dataset, pad_id), device)
+            mask_BT = batch["example_ids"] != PADDING
+            optimizer.zero_grad()
+            with autocast(), ffn_inputs_of(dense) as inputs, torch.set_grad_enabled(bool(experts)):
+                logits_LV, targets_L, _ = response_logits(dense, batch)
+            share = all_sum(torch.stack([mask_BT.sum(), targets_L.new_tensor(len(targets_L))])) / world_size()
+            loss = (1 - alpha) * routing_loss(inputs, vectors_DH, mask_BT, denominator=share[0])
+            if experts:
+                loss = loss + alpha * response_loss(logits_LV=logits_LV, targets_L=targets_L, denominator=share[1])
+            loss.backward()
+            if vectors_DH.grad is not None:
+                all_sum(vectors_DH.grad).div_(world_size())
+            optimizer.step()
+    for param, flag in required.items():
+        param.requires_grad_(flag)
+        param.grad = None
+    return vectors_DH.detach()
+
+
+def _rank_rows(indices: Sequence[int], dataset: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """This rank's rows of a batch; the rows repeated to keep the ranks in step are fully masked."""
+    share = own_share(indices)
+    batch = collate([[index] for index, _ in share], dataset, pad_id=pad_id)
+    for row, (_, counts) in enumerate(share):
+        if not counts:
+            batch["labels"][row] = IGNORE
+            batch["example_ids"][row] = PADDING
+    return batch

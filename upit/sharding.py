@@ -1,0 +1,48 @@
+"""Read and fill parameters that may be shards: plain tensors and FSDP2's DTensors alike."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class Sliceable(Protocol):
+    """A tensor, or a safetensors slice: indexing reads only what is asked for."""
+
+    def __getitem__(self, index): ...
+
+
+def shard(model: nn.Module, mesh) -> None:
+    """Shard a transformers causal LM with FSDP2: each decoder layer, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def local_slices(param: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole parameter this rank holds, one slice a dimension."""
+    if not isinstance(param, DTensor):
+        return tuple(slice(0, size) for size in param.shape)
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def local(param: Tensor) -> Tensor:
+    """The tensor this rank holds; shares memory with ``param``."""
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+@torch.no_grad()
+def fill(param: Tensor, source: Sliceable) -> None:
+    """Copy this rank's part of ``source``, which has the whole parameter's shape, into ``param``."""
+    local(param).copy_(source[local_slices(param)])
+
+
+def full(param: Tensor) -> Tensor:
+    """The whole parameter, detached. A collective for a DTensor: every rank must call it in the same order."""
+    param = param.detach()
+    return param.full_tensor() if isinstance(param, DTensor) else param

@@ -1,0 +1,47 @@
+"""Model upcycling: assemble experts, router and the dense model's other weights into a MoE."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from upit.families import expert_name, is_expert
+from upit.pool import Expert
+from upit.sharding import local, local_slices
+
+
+@torch.no_grad()
+def upcycle(moe: nn.Module, dense: nn.Module, experts: Sequence[Expert], router_DEH: Tensor) -> None:
+    """Fill a MoE in place; elementwise, so that every rank fills its own shard and no model is gathered.
+
+    Args:
+        moe: MoE model of :func:`upit.families.moe_config`; its weights are overwritten, all of them.
+        dense: gives every parameter that is no expert's; must be sharded as ``moe`` is.
+        experts: E experts on disk; their tensors are named as in the dense state dict.
+        router_DEH: routing vectors, (layers, experts, hidden).
+    Raises: KeyError: a MoE parameter has no source.
+    """
+    others = {name: param for name, param in dense.named_parameters() if not is_expert(name)}
+    for name, param in moe.named_parameters():
+        if name in others:
+            local(param).copy_(local(others[name]))
+            continue
+        layer = int(name.split(".")[2])
+        target, where = local(param), local_slices(param)
+        if name.endswith("mlp.gate.weight"):
+            target.copy_(router_DEH[layer][where].to(target.device))
+        elif name.endswith("mlp.experts.gate_up_proj"):
+            _fill_experts(target, where, experts, layer, ("gate_proj", "up_proj"))
+        elif name.endswith("mlp.experts.down_proj"):
+            _fill_experts(target, where, experts, layer, ("down_proj",))
+        else:
+            raise KeyError(f"no source for the MoE's parameter {name!r}")
+
+
+def _fill_experts(
+    target: Tensor, where: tuple[slice, ...], experts: Sequence[Expert], layer: int, projections: tuple[str, ...]
+) -> None:
+    """Copy this rank's experts into a fused (E, rows, columns) parameter that is split over experts only."""
+    for slot, e in enumerate(range(where[0].start, where[0].stop)):
+        parts = [experts[e].read(expert_name(layer, projection)) for projection in projections]
+        target[slot].copy_(torch.cat(parts))
