@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from typing_extensions import override
-from upit.pool import Pool
 
 from callbacks.protocol import require_upcycling
 from upit.distributed import barrier, rank
 from upit.families import is_expert
+from upit.pool import Pool
 from upit.sharding import full
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,17 +12,17 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DDPStrategy
 from tqdm.auto import tqdm
 from typing_extensions import override
-from upit.expansion import Expansion, expand
-from upit.seed_data import draw_seed
 
 from callbacks.harvest import ExpertHarvest
 from callbacks.protocol import require_upcycling
 from upit.distributed import barrier, broadcast, rank
 from upit.evaluation import drift, reference_logits
+from upit.expansion import Expansion, expand
 from upit.families import check_top_k
 from upit.files import write_json
 from upit.router_init import RouterSettings, initialise_router
 from upit.scoring import score_seeds
+from upit.seed_data import draw_seed
 
 
 class Upcycling(Callback):
@@ -207,7 +207,7 @@ class Upcycling(Callback):
                 seed=self.seed,
                 output=run / "experts",
                 policy=self.policy,
-                progress=self._bar("Expanding experts"),
+                track=self._bar("Expanding experts"),
             )
             write_json(run / "lineage.json", expansion.lineage)
             write_json(run / "similarity.json", expansion.similarity)

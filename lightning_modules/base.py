@@ -11,13 +11,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from typing_extensions import override
-from upit.losses import example_losses
 
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.evaluation import Scores, answer_budget, evaluate, greedy_answers
 from upit.examples import IGNORE, PADDING, Batch
 from upit.forward import response_logits
+from upit.losses import example_losses
 from upit.models import build
 from upit.sharding import shard
 

@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
-from upit.losses import response_loss
 
 from lightning_modules.base import CausalLMModule
 from upit.examples import Batch
+from upit.losses import response_loss
 from upit.models import build, check_tokenizer, load_pretrained, scratch_config
 
 

@@ -3,13 +3,13 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
-from upit.losses import load_balancing_loss, response_loss
 
 from lightning_modules.base import CausalLMModule, mask_of
 from upit.distributed import all_sum, world_size
 from upit.examples import Batch
 from upit.families import check_top_k
 from upit.forward import router_logits_of
+from upit.losses import load_balancing_loss, response_loss
 from upit.models import check_tokenizer, load_pretrained
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
-from upit.pool import Expert
 
 from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
 from upit.families import moe_config
 from upit.models import build
+from upit.pool import Expert
 from upit.upcycling import upcycle
 
 

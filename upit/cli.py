@@ -17,14 +17,14 @@ RUN_DIR = "UPIT_RUN_DIR"
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. Imports torch only for the subcommands that need it."""
-    args = sys.argv[1:] if args is None else args
+    given, args = args, sys.argv[1:] if args is None else args
     command = args[0] if args else "--help"
     if command not in SUBCOMMANDS:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
         _export(args[1:])
     else:
-        _train(args)
+        _train(given)
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def _export(args: list[str]) -> None:
     print(f"Exported to {output}")
 
 
-def _train(args: list[str]) -> None:
+def _train(args: list[str] | None) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # checkpoints never run code
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning as L

@@ -54,11 +54,26 @@ def check_top_k(num_experts: int, top_k: int) -> None:
         raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
 
 
-_SHARED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id "
-    "eos_token_id tie_word_embeddings attention_dropout rope_parameters"
-).split()
+_SHARED = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "rope_parameters",
+]
 
 
 def _llama_to_mixtral(dense: PretrainedConfig, *, num_experts: int, top_k: int) -> MixtralConfig:
@@ -67,7 +82,11 @@ def _llama_to_mixtral(dense: PretrainedConfig, *, num_experts: int, top_k: int) 
             raise ValueError(f"{field}=True: Mixtral has no biases, so this Llama can't be upcycled exactly")
     shared: dict[str, Any] = {field: getattr(dense, field) for field in _SHARED}
     return MixtralConfig(
-        **shared, num_local_experts=num_experts, num_experts_per_tok=top_k, sliding_window=None, router_jitter_noise=0.0
+        **shared,
+        num_local_experts=num_experts,
+        num_experts_per_tok=top_k,
+        sliding_window=None,
+        router_jitter_noise=0.0,
     )
 
 

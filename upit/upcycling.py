@@ -39,7 +39,11 @@ def upcycle(moe: nn.Module, dense: nn.Module, experts: Sequence[Expert], router_
 
 
 def _fill_experts(
-    target: Tensor, where: tuple[slice, ...], experts: Sequence[Expert], layer: int, projections: tuple[str, ...]
+    target: Tensor,
+    where: tuple[slice, ...],
+    experts: Sequence[Expert],
+    layer: int,
+    projections: tuple[str, ...],
 ) -> None:
     """Copy this rank's experts into a fused (E, rows, columns) parameter that is split over experts only."""
     for slot, e in enumerate(range(where[0].start, where[0].stop)):

@@ -1,0 +1,196 @@
+"""Instruction data from files or from a dataset's name."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from typing_extensions import override
+
+from datamodules.base import ConversationDataModule, Row
+from upit.sources import load_tokenizer
+
+
+class InstructionDataModule(ConversationDataModule):
+    """JSONL, JSON or parquet files, or a dataset of the hub: ``messages``, or prompt and response columns.
+
+    Args:
+        tokenizer: directory, hub id, ``.gguf`` file or ``package://NAME/FILE.gguf``.
+        train_files: files; one domain a file (its stem) unless ``domain_column`` is set.
+        dataset: name for ``datasets.load_dataset``, instead of files.
+        split: of ``dataset``.
+        heldout_files: held-out data; default ``heldout_fraction`` of the training data.
+        heldout_fraction: part held out, drawn with ``seed``; at least one example a domain.
+        messages_column: list of {role, content}; used where there are no prompt and response columns.
+        prompt_column, response_column: one turn each.
+        domain_column: names each row's domain.
+        chat_template: Jinja text or a file; default the tokenizer's own.
+        trust_remote_code: allow tokenizer code that comes with the files.
+    Raises: ValueError, FileNotFoundError: what is wrong with the data: file, line, column, remedy.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train_files: list[str] | None = None,
+        dataset: str | None = None,
+        split: str = "train",
+        heldout_files: list[str] | None = None,
+        heldout_fraction: float = 0.05,
+        messages_column: str = "messages",
+        prompt_column: str | None = None,
+        response_column: str | None = None,
+        domain_column: str | None = None,
+        chat_template: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if (train_files is None) == (dataset is None):
+            raise ValueError(f"give one of data.train_files and data.dataset: got {train_files!r} and {dataset!r}")
+        if (prompt_column is None) != (response_column is None):
+            raise ValueError("data.prompt_column and data.response_column go together")
+        if not 0.0 < heldout_fraction < 1.0:
+            raise ValueError(f"data.heldout_fraction={heldout_fraction} must lie in (0, 1)")
+        self.tokenizer_source = tokenizer
+        self.train_files = train_files
+        self.dataset = dataset
+        self.split = split
+        self.heldout_files = heldout_files
+        self.heldout_fraction = heldout_fraction
+        self.messages_column = messages_column
+        self.prompt_column = prompt_column
+        self.response_column = response_column
+        self.domain_column = domain_column
+        self.chat_template = chat_template
+        self.trust_remote_code = trust_remote_code
+
+    @override
+    def source_key(self) -> dict[str, Any]:
+        files = [*(self.train_files or []), *(self.heldout_files or [])]
+        template = self.chat_template
+        if template and "{" not in template:
+            template = Path(template).read_text()
+        return {
+            "files": {name: _file_digest(Path(name)) for name in files},
+            "dataset": [self.dataset, self.split],
+            "heldout": [self.heldout_files, self.heldout_fraction, self.seed],
+            "columns": [self.messages_column, self.prompt_column, self.response_column, self.domain_column],
+            "tokenizer": [self.tokenizer_source, template],
+        }
+
+    @override
+    def make_tokenizer(self, train_rows: list[Row] | None):
+        return load_tokenizer(
+            self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code
+        )
+
+    @override
+    def make_rows(self) -> tuple[list[Row], list[Row]]:
+        if self.dataset is not None:
+            train = self._rows(load_dataset(self.dataset, split=self.split), self.dataset, self.dataset.split("/")[-1])
+        else:
+            train = self._file_rows(self.train_files or [])
+        if self.heldout_files is not None:
+            return train, self._file_rows(self.heldout_files)
+        return self._split(train)
+
+    def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        heldout: set[int] = set()
+        for domain in sorted({row["domain"] for row in rows}):
+            own = [i for i, row in enumerate(rows) if row["domain"] == domain]
+            heldout |= set(random.Random(self.seed).sample(own, max(1, round(self.heldout_fraction * len(own)))))
+        if len(heldout) == len(rows):
+            raise ValueError(f"all {len(rows)} examples would be held out; add data or give data.heldout_files")
+        train = [row for i, row in enumerate(rows) if i not in heldout]
+        return train, [rows[i] for i in sorted(heldout)]
+
+    def _file_rows(self, files: list[str]) -> list[Row]:
+        rows: list[Row] = []
+        for name in files:
+            rows += self._rows(read_rows(Path(name)), name, Path(name).stem)
+        return rows
+
+    def _rows(self, records: Iterable[dict[str, Any]], source: str, domain: str) -> list[Row]:
+        rows = []
+        for number, record in enumerate(records, 1):
+            rows.append(
+                {
+                    "id": f"{source}:{number}",
+                    "domain": str(self._column(record, self.domain_column, source)) if self.domain_column else domain,
+                    "messages": self._messages(record, source),
+                    "metadata": "",
+                }
+            )
+        if not rows:
+            raise ValueError(f"{source} holds no examples")
+        return rows
+
+    def _messages(self, record: dict[str, Any], source: str) -> list[dict[str, str]]:
+        if self.prompt_column is None or self.response_column is None:
+            return self._column(record, self.messages_column, source)
+        return [
+            {"role": "user", "content": self._column(record, self.prompt_column, source)},
+            {"role": "assistant", "content": self._column(record, self.response_column, source)},
+        ]
+
+    @staticmethod
+    def _column(record: dict[str, Any], column: str, source: str) -> Any:
+        if column not in record:
+            raise ValueError(
+                f"{source} has no column {column!r}, only {sorted(record)}; "
+                "set data.messages_column, or data.prompt_column and data.response_column"
+            )
+        return record[column]
+
+
+def read_rows(path: Path, *, field: str = "data.train_files") -> list[dict[str, Any]]:
+    """Records of a JSONL, JSON or parquet file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, an empty one, or a broken line (named).
+    """
+    _check_file(path, field)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix == ".jsonl":
+        return read_json_lines(path, field=field)
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    raise ValueError(f"{field}: {path} is none of .jsonl, .json, .parquet")
+
+
+def read_json_lines(path: Path, *, field: str) -> list[dict[str, Any]]:
+    """Records of a JSONL file; a broken line is named by its number."""
+    _check_file(path, field)
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: broken JSON line: {error.msg}") from None
+    return rows
+
+
+def _check_file(path: Path, field: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{field}: {path} does not exist")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{field}: {path} is empty")
+
+
+def _file_digest(path: Path) -> str:
+    _check_file(path, "data.train_files")
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

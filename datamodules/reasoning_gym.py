@@ -1,0 +1,163 @@
+"""Procedural questions with exact verifiers, from reasoning-gym; and a tokenizer for models from scratch."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+from typing_extensions import override
+
+from datamodules.base import ConversationDataModule, Row
+from datamodules.chat import CHATML
+from upit.sources import load_tokenizer
+
+HELDOUT_SEED = 2**31
+
+
+class ReasoningGymDataModule(ConversationDataModule):
+    """A mapping of domains to reasoning-gym families; training and held-out questions are disjoint.
+
+    Args:
+        families: ``{domain: {family: settings}}``; the families of a domain share its size evenly.
+        train_size: training questions a domain.
+        heldout_size: held-out questions a domain.
+        tokenizer: as in :class:`InstructionDataModule`; None trains a byte-level BPE on the training text.
+        vocab_size: of the trained BPE.
+        chat_template: Jinja text or a file; default the tokenizer's own, ChatML for a trained one.
+        system_prompt: first message of every conversation.
+        trust_remote_code: allow tokenizer code that comes with the files.
+    Raises: ValueError: an unknown family, or one that has not enough distinct questions.
+    """
+
+    def __init__(
+        self,
+        families: dict[str, dict[str, dict[str, Any]]],
+        train_size: int = 1000,
+        heldout_size: int = 100,
+        tokenizer: str | None = None,
+        vocab_size: int = 2048,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        trust_remote_code: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not families or not all(families.values()):
+            raise ValueError(f"data.families={families!r}: every domain needs a family")
+        self.families = families
+        self.train_size = train_size
+        self.heldout_size = heldout_size
+        self.tokenizer_source = tokenizer
+        self.vocab_size = vocab_size
+        self.chat_template = chat_template
+        self.system_prompt = system_prompt
+        self.trust_remote_code = trust_remote_code
+
+    @override
+    def source_key(self) -> dict[str, Any]:
+        return {
+            "families": self.families,
+            "sizes": [self.train_size, self.heldout_size],
+            "seed": self.seed,
+            "tokenizer": [self.tokenizer_source, self.vocab_size, self.chat_template],
+            "system_prompt": self.system_prompt,
+            "reasoning_gym": version("reasoning-gym"),
+        }
+
+    @override
+    def make_tokenizer(self, train_rows: list[Row] | None):
+        if self.tokenizer_source is not None:
+            return load_tokenizer(
+                self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code
+            )
+        texts = [message["content"] for row in train_rows or [] for message in row["messages"]]
+        return train_tokenizer(texts, vocab_size=self.vocab_size, chat_template=self.chat_template)
+
+    @override
+    def make_rows(self) -> tuple[list[Row], list[Row]]:
+        train: list[Row] = []
+        heldout: list[Row] = []
+        bar = tqdm([(d, f) for d in self.families for f in self.families[d]], desc="Generating questions", leave=False)
+        for domain, family in bar:
+            share = len(self.families[domain])
+            seen: set[str] = set()
+            # held out first: every question in it is kept from the training set
+            heldout += self._questions(domain, family, -(-self.heldout_size // share), HELDOUT_SEED, seen)
+            train += self._questions(domain, family, -(-self.train_size // share), 0, seen)
+        return train, heldout
+
+    def _questions(self, domain: str, family: str, count: int, offset: int, seen: set[str]) -> list[Row]:
+        rows: list[Row] = []
+        questions = _dataset(family, json.dumps(self.families[domain][family]), self.seed + offset, 4 * count + 100)
+        for i in range(4 * count + 100):
+            if len(rows) == count:
+                return rows
+            entry = questions[i]
+            if entry["question"] not in seen:
+                seen.add(entry["question"])
+                rows.append(self._row(domain, family, f"{family}:{self.seed + offset}:{i}", entry))
+        if len(rows) == count:
+            return rows
+        raise ValueError(
+            f"data.families.{domain}.{family} has only {len(rows)} distinct questions of the {count} asked for; "
+            "widen its settings, or lower data.train_size or data.heldout_size"
+        )
+
+    def _row(self, domain: str, family: str, name: str, entry: Mapping[str, Any]) -> Row:
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        messages += [
+            {"role": "user", "content": entry["question"]},
+            {"role": "assistant", "content": str(entry["answer"])},
+        ]
+        return {"id": name, "domain": domain, "messages": messages, "metadata": name}
+
+    @override
+    def verify(self, example: Mapping[str, Any], completion: str) -> bool:
+        """The family's own verifier, on the very entry that the example came from."""
+        family, seed, index = example["metadata"].split(":")
+        settings = json.dumps(self.families[example["domain"]][family])
+        questions = _dataset(family, settings, int(seed), int(index) + 1)
+        return questions.score_answer(completion.strip(), questions[int(index)]) >= 1.0 - 1e-6
+
+
+@cache
+def _dataset(family: str, settings: str, seed: int, size: int):
+    import reasoning_gym
+
+    try:
+        return reasoning_gym.create_dataset(family, seed=seed, size=size, **json.loads(settings))
+    except ValueError as error:
+        raise ValueError(f"data.families: {family!r}: {error}") from None
+
+
+def train_tokenizer(texts: list[str], *, vocab_size: int, chat_template: str | None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the training text; digits stand alone, turns end with ``<|im_end|>``."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(
+        [*texts, "system\nuser\nassistant\n"],
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        chat_template=chat_template or CHATML,
+    )
