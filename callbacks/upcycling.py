@@ -129,7 +129,7 @@ class Upcycling(Callback):
             )
         if trainer.fast_dev_run:
             self.harvest.at_steps = list(range(1, step + 1))
-            self.seed_fraction = 1.0
+            self.seed_fraction = min(1.0, 2 * module.moe.num_experts / len(trainer.datamodule.train_set))
         points = self.harvest.points(until=step, steps_per_epoch=per_epoch)
         if not points:
             raise ValueError(f"Upcycling.{said} (step {step}) comes before the first harvest; harvest earlier")

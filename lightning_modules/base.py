@@ -139,7 +139,9 @@ class CausalLMModule(L.LightningModule):
         Dividing a rank's summed loss by that number makes the mean over ranks the mean over all tokens.
         """
         logits_LV, targets_L, _ = response_logits(self.lm, batch)
-        count = all_sum(torch.tensor(float(len(targets_L)), device=logits_LV.device)) / world_size()
+        count = (
+            all_sum(torch.tensor(float(len(targets_L)), dtype=torch.float32, device=logits_LV.device)) / world_size()
+        )
         return logits_LV, targets_L, count.clamp(min=1.0)
 
     @override

@@ -79,7 +79,7 @@ def evaluate(
         model, indices, rows, pad_id=tokenizer.pad_token_id, max_tokens=max_tokens, autocast=autocast
     )
     budget = answer_budget(rows) if max_new_tokens is None else max_new_tokens
-    right_S = torch.zeros(len(rows), device=next(model.parameters()).device)
+    right_S = torch.zeros(len(rows), dtype=torch.float64, device=next(model.parameters()).device)
     groups = length_grouped(indices, [row["prompt_length"] + budget for row in rows], max_tokens=max_tokens)
     for group, counts in track(own_share(groups)):
         prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in group]

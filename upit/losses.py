@@ -18,7 +18,7 @@ def example_losses(
 ) -> tuple[Tensor, Tensor]:
     """Summed response loss (nats) and number of response tokens of each example, two float32 (num_examples,)."""
     loss_L = F.cross_entropy(logits_LV.float(), targets_L, reduction="none")
-    empty = torch.zeros(num_examples, device=logits_LV.device)
+    empty = torch.zeros(num_examples, dtype=torch.float32, device=logits_LV.device)
     return empty.index_add(0, example_ids_L, loss_L), empty.index_add(0, example_ids_L, torch.ones_like(loss_L))
 
 
@@ -47,10 +47,12 @@ def load_balancing_loss(
     """
     probs_DTE = torch.stack(tuple(router_logits)).float().softmax(-1)
     num_layers, num_tokens, num_experts = probs_DTE.shape
-    weight_T = torch.ones(num_tokens, device=probs_DTE.device) if mask_T is None else mask_T.float()
+    weight_T = (
+        torch.ones(num_tokens, dtype=torch.float32, device=probs_DTE.device) if mask_T is None else mask_T.float()
+    )
     with torch.no_grad():
         chosen_DTK = probs_DTE.topk(top_k, dim=-1).indices
-        counts_DE = torch.zeros(num_layers, num_experts, device=probs_DTE.device)
+        counts_DE = torch.zeros_like(probs_DTE[:, 0])
         counts_DE.scatter_add_(1, chosen_DTK.flatten(1), weight_T.repeat_interleave(top_k).expand(num_layers, -1))
         totals = torch.cat([counts_DE.flatten(), weight_T.sum()[None]])
         if reduce_counts is not None:

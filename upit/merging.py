@@ -13,7 +13,7 @@ def task_vector(tensor: Tensor, base: Tensor) -> Tensor:
 
 def drop_mask(shape: torch.Size, drop_rate: float, generator: torch.Generator) -> Tensor:
     """Random mask of DARE: True keeps a parameter, with probability ``1 - drop_rate``."""
-    return torch.rand(shape, generator=generator) >= drop_rate
+    return torch.rand(shape, generator=generator, dtype=torch.float32) >= drop_rate
 
 
 def drop_and_rescale(delta: Tensor, drop_rate: float, mask: Tensor) -> Tensor:
@@ -23,7 +23,9 @@ def drop_and_rescale(delta: Tensor, drop_rate: float, mask: Tensor) -> Tensor:
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted sum, in float32."""
-    return sum((w * t.float() for w, t in zip(weights, tensors, strict=True)), start=torch.zeros(()))
+    return sum(
+        (w * t.float() for w, t in zip(weights, tensors, strict=True)), start=torch.zeros((), dtype=torch.float32)
+    )
 
 
 def dare_linear(

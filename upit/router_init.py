@@ -60,7 +60,9 @@ def initialise_router(
     if settings.method == "random":
         generator = torch.Generator().manual_seed(settings.seed)
         shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)  # type: ignore[union-attr]
-        return list(experts), torch.randn(shape, generator=generator) * dense.config.initializer_range  # type: ignore[union-attr]
+        return list(experts), torch.randn(
+            shape, generator=generator, dtype=torch.float32
+        ) * dense.config.initializer_range  # type: ignore[union-attr]
     state, done, vectors = fingerprint(dense), [], []
     for i, expert in enumerate(track(experts)):
         bucket = seeds.bucket(i)
@@ -176,7 +178,8 @@ def optimise_routing_vectors(
     device = next(dense.parameters()).device
     config: Any = dense.config
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(config.num_hidden_layers, config.hidden_size, generator=generator) * config.initializer_range
+    shape = (config.num_hidden_layers, config.hidden_size)
+    start = torch.randn(shape, generator=generator, dtype=torch.float32) * config.initializer_range
     vectors_DH = nn.Parameter(start.to(device))
     groups: list[dict[str, Any]] = [{"params": [vectors_DH], "lr": lr}]
     experts = [param for name, param in dense.named_parameters() if is_expert(name)] if expert_lr else []
