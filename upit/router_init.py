@@ -183,10 +183,6 @@ def optimise_routing_vectors(
     vectors_DH = nn.Parameter(start.to(device))
     groups: list[dict[str, Any]] = [{"params": [vectors_DH], "lr": lr}]
     experts = [param for name, param in dense.named_parameters() if is_expert(name)] if expert_lr else []
-    required = {param: param.requires_grad for param in dense.parameters()}
-    dense.requires_grad_(False)
-    for param in experts:
-        param.requires_grad_(True)
     if experts:
         groups.append({"params": experts, "lr": expert_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
@@ -197,7 +193,8 @@ def optimise_routing_vectors(
             indices = order[start_at : start_at + batch_size]
             batch = to_device(_rank_rows(indices, dataset, pad_id), device)
             mask_BT = batch["example_ids"] != PADDING
-            optimizer.zero_grad()
+            dense.zero_grad()  # every parameter gets a gradient, FSDP2 can't freeze some mid-run; only experts step
+            vectors_DH.grad = None
             with autocast(), ffn_inputs_of(dense) as inputs, torch.set_grad_enabled(bool(experts)):
                 logits_LV, targets_L, _ = response_logits(dense, batch)
             share = all_sum(torch.stack([mask_BT.sum(), targets_L.new_tensor(len(targets_L))])) / world_size()
@@ -208,9 +205,7 @@ def optimise_routing_vectors(
             if vectors_DH.grad is not None:
                 all_sum(vectors_DH.grad).div_(world_size())
             optimizer.step()
-    for param, flag in required.items():
-        param.requires_grad_(flag)
-        param.grad = None
+    dense.zero_grad()
     return vectors_DH.detach()
 
 

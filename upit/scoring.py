@@ -159,4 +159,5 @@ def _finished_columns(file: Path, ids: list[str], state: str) -> dict[str, list[
 def fingerprint(dense: nn.Module) -> str:
     """Names a state of training by its final norm, which every optimizer step moves. A collective when sharded."""
     norm: Any = dense.model.norm  # type: ignore[union-attr]
-    return hashlib.sha256(full(norm.weight).float().cpu().numpy().tobytes()).hexdigest()
+    content = full(norm.weight).float().cpu().clone()  # numpy would pin a storage that FSDP2 must free
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()

@@ -1,0 +1,111 @@
+"""FSDP2 over two CPU processes (gloo): the same method, the same experts and curves as one process."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import FAMILIES, TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+def small_config(run: Path, cache: Path) -> dict:
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 8,
+            "max_epochs": 3,
+            "val_check_interval": 4,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "gradient_clip_val": 1.0,
+            "default_root_dir": str(run),
+            "callbacks": [
+                {"class_path": "callbacks.ExpertHarvest", "init_args": {"every_n_steps": 2}},
+                {
+                    "class_path": "callbacks.Upcycling",
+                    "init_args": {"at_step": 4, "seed_fraction": 0.1, "router_epochs": 1, "expert_lr": 1e-4},
+                },
+                {"class_path": "callbacks.RunReport"},
+            ],
+        },
+        "model": {
+            "class_path": "lightning_modules.UpITModule",
+            "init_args": {
+                "dense": {"class_path": "lightning_modules.DenseModule", "init_args": {"config": TINY, "lr": 1e-3}},
+                "moe": {
+                    "class_path": "lightning_modules.MoEModule",
+                    "init_args": {"num_experts": 4, "top_k": 2, "lr": 1e-3},
+                },
+            },
+        },
+        "data": {
+            "class_path": "datamodules.ReasoningGymDataModule",
+            "init_args": {
+                "families": FAMILIES,
+                "train_size": 120,
+                "heldout_size": 8,
+                "vocab_size": 320,
+                "max_length": 128,
+                "batch_size": 4,
+                "cache_dir": str(cache),
+            },
+        },
+    }
+
+
+def fit(run: Path, cache: Path, *configs: Path) -> Path:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    file = run.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(small_config(run, cache)))
+    command = [sys.executable, "-m", "upit", "fit", "-c", str(file)]
+    for config in configs:
+        command += ["-c", str(config)]
+    environment = {key: value for key, value in os.environ.items() if key != "UPIT_RUN_DIR"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, cache):
+    one = fit(tmp_path / "one", cache)
+    two = fit(tmp_path / "two", cache, ROOT / "configs/strategy/fsdp.yaml")
+
+    def lineage(run):
+        entries = json.loads((run / "upcycling/lineage.json").read_text())
+        return [(entry["kind"], entry.get("parents"), entry.get("alpha"), entry.get("step")) for entry in entries]
+
+    assert lineage(one) == lineage(two)
+    for file in ("experts/step_0000004.safetensors", "upcycling/experts/merged_00.safetensors"):
+        ours, theirs = load_file(two / file), load_file(one / file)
+        for name in theirs:
+            torch.testing.assert_close(
+                ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name} {m}"
+            )
+    for metric in ("train/loss", "moe/load_balancing_loss", "val/loss"):
+        ours, theirs = curve(two, metric), curve(one, metric)
+        assert len(theirs) == len(ours) > 0
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-4, msg=lambda m, metric=metric: f"{metric} {m}")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(run / "export").state_dict() for run in (two, one))
+    for name in theirs:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-2, atol=2e-4, msg=lambda m, name=name: f"{name} {m}"
+        )
+
+
+def curve(run: Path, metric: str) -> torch.Tensor:
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return torch.tensor([float(row[metric]) for row in rows if row.get(metric)])
