@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from upit.pool import Expert
 
@@ -15,7 +16,7 @@ class UpcyclingModule(Protocol):
     phase: str
     swap_step: int | None
     moe: Any  # has num_experts and top_k
-    lm: nn.Module
+    lm: PreTrainedModel
 
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None: ...
     def plan_swap(self, step: int) -> None: ...

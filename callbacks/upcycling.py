@@ -212,7 +212,7 @@ class Upcycling(Callback):
             write_json(run / "lineage.json", expansion.lineage)
             write_json(run / "similarity.json", expansion.similarity)
         barrier()
-        return broadcast(expansion)
+        return broadcast(expansion)  # type: ignore[return-value]
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

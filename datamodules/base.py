@@ -212,7 +212,7 @@ class ConversationDataModule(L.LightningDataModule):
             batches,  # type: ignore[arg-type]
             batch_size=None,
             sampler=self._sampler(batches, shuffle=False),
-            collate_fn=self._collate_heldout,
+            collate_fn=self._collate_heldout,  # type: ignore[arg-type]
         )
 
     def _collate_heldout(self, group: tuple[list[int], bool]) -> Batch:

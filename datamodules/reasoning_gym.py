@@ -137,13 +137,13 @@ def _dataset(family: str, settings: str, seed: int, size: int):
 def train_tokenizer(texts: list[str], *, vocab_size: int, chat_template: str | None) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the training text; digits stand alone, turns end with ``<|im_end|>``."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(
         [*texts, "system\nuser\nassistant\n"],

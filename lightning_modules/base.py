@@ -146,7 +146,7 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.trainer.datamodule
         losses, counts = self._domain_losses(batch, data)
         total = float(counts.sum())
         mean = losses.sum() / max(1.0, total)
@@ -169,7 +169,7 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.trainer.datamodule
         losses, counts = self._domain_losses(batch, data)
         ids_B = batch["example_ids"][:, 0].tolist()
         rows = [data.heldout_set[max(0, i)] for i in ids_B]
@@ -185,11 +185,11 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        self._test_budget = answer_budget(self.trainer.datamodule.heldout_set)  # type: ignore[attr-defined]
+        self._test_budget = answer_budget(self.trainer.datamodule.heldout_set)
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.trainer.datamodule
         prompts = [
             ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
@@ -199,7 +199,7 @@ class CausalLMModule(L.LightningModule):
 
     def score(self, track=lambda batches: batches) -> Scores:
         """Held-out loss and exact match per domain; see :func:`upit.evaluation.evaluate`."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.trainer.datamodule
         return evaluate(
             self.lm,
             data.tokenizer,
@@ -219,7 +219,7 @@ class CausalLMModule(L.LightningModule):
         restored, and a mid-epoch resume would then start the epoch's data anew (seen with lightning 2.6.6).
         """
         trainer = self.trainer
-        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        batches = len(trainer.datamodule.train_dataloader())
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / trainer.accumulate_grad_batches)

@@ -33,7 +33,7 @@ class DenseModule(CausalLMModule):
 
     @override
     def load(self) -> PreTrainedModel:
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer = self.trainer.datamodule.tokenizer
         if self.config is not None:
             return build(scratch_config(self.config, tokenizer))
         model = load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)

@@ -45,7 +45,7 @@ class MoEModule(CausalLMModule):
         if self.source is None:
             raise ValueError("MoEModule has model=None: name an exported MoE, or upcycle one with UpITModule")
         model = load_pretrained(self.source, moe=True, trust_remote_code=self.trust_remote_code)
-        check_tokenizer(model.config, self.trainer.datamodule.tokenizer, source=self.source)  # type: ignore[attr-defined]
+        check_tokenizer(model.config, self.trainer.datamodule.tokenizer, source=self.source)
         return model
 
     @override

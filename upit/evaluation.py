@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, own_share, world_size
 from upit.examples import Example, collate, length_grouped
@@ -18,7 +19,9 @@ Scores = dict[str, Any]
 
 
 @torch.no_grad()
-def greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+def greedy_answers(
+    model: PreTrainedModel, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+) -> list[str]:
     """Answer a batch of prompts greedily with a KV cache, left-padded; stops at the end of the turn.
 
     A collective when the model is sharded: every rank must call it the same number of times.
@@ -33,7 +36,7 @@ def greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]]
         },
         device,
     )
-    ids = model.generate(  # type: ignore[operator]
+    ids = model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -52,7 +55,7 @@ def answer_budget(dataset: Sequence[Example], *, margin: int = 4) -> int:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer,
     dataset: Sequence[Example],
     verify: Verify,
@@ -109,7 +112,9 @@ def summarise(
 
 
 @torch.no_grad()
-def reference_logits(model: nn.Module, data, num_examples: int, *, autocast: Autocast = nullcontext) -> list[Tensor]:
+def reference_logits(
+    model: PreTrainedModel, data, num_examples: int, *, autocast: Autocast = nullcontext
+) -> list[Tensor]:
     """Response logits on the first held-out examples, one (tokens, vocabulary) float32 CPU tensor a batch.
 
     Every rank computes all of them.
@@ -127,7 +132,7 @@ def reference_logits(model: nn.Module, data, num_examples: int, *, autocast: Aut
 
 
 def drift(
-    model: nn.Module, before: list[Tensor], data, num_examples: int, *, autocast: Autocast = nullcontext
+    model: PreTrainedModel, before: list[Tensor], data, num_examples: int, *, autocast: Autocast = nullcontext
 ) -> float:
     """How far the swap moved the model: mean KL(before || now) in nats over held-out response tokens."""
     now = reference_logits(model, data, num_examples, autocast=autocast)

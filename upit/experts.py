@@ -4,9 +4,11 @@ Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``H`` hi
 Registered in transformers' experts interface, so any MoE with fused experts can use it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -18,7 +20,7 @@ def use(model: PreTrainedModel) -> None:
     model.config._experts_implementation = NAME
 
 
-def grouped_forward(self: nn.Module, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Dropless experts: sort assignments by expert, two grouped products, weighted sum per token.
 
     The stock grouped forward leaves fp32 weights in fp32 under autocast; this one casts them, as every

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from upit.examples import IGNORE, Batch, block_causal_mask
 
 
-def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of the response tokens only; the head never sees the other positions.
 
     Args:
@@ -32,13 +33,13 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Ten
     return logits_LV, batch["labels"][:, 1:][keep_BT[:, :-1]], batch["example_ids"][keep_BT]
 
 
-def moe_routers(model: nn.Module) -> list[nn.Module]:
+def moe_routers(model: PreTrainedModel) -> list:
     """The router of each MoE layer, in order."""
     return [layer.mlp.gate for layer in model.model.layers]
 
 
 @contextmanager
-def router_logits_of(model: nn.Module) -> Iterator[list[Tensor]]:
+def router_logits_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect router logits, one (tokens, experts) tensor a layer, of the forward passes within."""
     logits: list[Tensor] = []
 
@@ -54,7 +55,7 @@ def router_logits_of(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def ffn_inputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
+def ffn_inputs_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect the hidden states that enter each FFN, one (B, T, H) tensor a layer, of the passes within."""
     inputs: list[Tensor] = []
     handles = [

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
 from upit.examples import IGNORE, PADDING, Example, collate
@@ -38,7 +39,7 @@ class RouterSettings:
 
 
 def initialise_router(
-    dense: nn.Module,
+    dense: PreTrainedModel,
     experts: Sequence[Expert],
     seeds: Seeds,
     data,
@@ -59,10 +60,10 @@ def initialise_router(
     """
     if settings.method == "random":
         generator = torch.Generator().manual_seed(settings.seed)
-        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)  # type: ignore[union-attr]
+        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
         return list(experts), torch.randn(
             shape, generator=generator, dtype=torch.float32
-        ) * dense.config.initializer_range  # type: ignore[union-attr]
+        ) * dense.config.initializer_range
     state, done, vectors = fingerprint(dense), [], []
     for i, expert in enumerate(track(experts)):
         bucket = seeds.bucket(i)
@@ -100,7 +101,7 @@ def _initialise_expert(
     ).cpu()
     sha256 = expert.sha256
     if settings.expert_lr:
-        sha256 = broadcast(_write_tuned(dense, expert_file, key))
+        sha256 = str(broadcast(_write_tuned(dense, expert_file, key)))
         expert = replace(expert, file=expert_file, sha256=sha256)
     if rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def _finished(vector_file: Path, key: str) -> str | None:
     return metadata["expert_sha256"] if metadata["key"] == key else None
 
 
-def _write_tuned(dense: nn.Module, path: Path, key: str) -> str | None:
+def _write_tuned(dense: PreTrainedModel, path: Path, key: str) -> str | None:
     """Write the FFN that stands in ``dense``; gathers one tensor at a time when sharded."""
     params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
     whole = ((name, full(param).cpu()) for name, param in params.items())
@@ -147,7 +148,7 @@ def routing_loss(ffn_inputs: Sequence[Tensor], vectors_DH: Tensor, mask_BT: Tens
 
 
 def optimise_routing_vectors(
-    dense: nn.Module,
+    dense: PreTrainedModel,
     bucket: Sequence[int],
     dataset: Sequence[Example],
     *,

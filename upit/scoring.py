@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, own_share, rank
 from upit.examples import Example, collate, length_grouped
@@ -27,7 +28,7 @@ from upit.sharding import fill, full
 Autocast = Callable[[], AbstractContextManager]
 
 
-def load_expert(dense: nn.Module, expert: Expert) -> None:
+def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
     """Copy an expert's FFN weights into a dense model, each rank its own shard."""
     for name, param in dense.named_parameters():
         if is_expert(name):
@@ -36,7 +37,7 @@ def load_expert(dense: nn.Module, expert: Expert) -> None:
 
 @torch.no_grad()
 def score_examples(
-    model: nn.Module,
+    model: PreTrainedModel,
     indices: Sequence[int],
     dataset: Sequence[Example],
     *,
@@ -96,7 +97,7 @@ class Seeds:
 
 
 def score_seeds(
-    dense: nn.Module,
+    dense: PreTrainedModel,
     experts: Sequence[Expert],
     indices: Sequence[int],
     data,
@@ -156,8 +157,8 @@ def _finished_columns(file: Path, ids: list[str], state: str) -> dict[str, list[
     return found["columns"] if found["ids"] == ids and found["state"] == state else {}
 
 
-def fingerprint(dense: nn.Module) -> str:
+def fingerprint(dense: PreTrainedModel) -> str:
     """Names a state of training by its final norm, which every optimizer step moves. A collective when sharded."""
-    norm: Any = dense.model.norm  # type: ignore[union-attr]
+    norm: Any = dense.model.norm
     content = full(norm.weight).float().cpu().clone()  # numpy would pin a storage that FSDP2 must free
     return hashlib.sha256(content.numpy().tobytes()).hexdigest()

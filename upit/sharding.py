@@ -3,9 +3,10 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
 
 
 class Sliceable(Protocol):
@@ -14,7 +15,7 @@ class Sliceable(Protocol):
     def __getitem__(self, index): ...
 
 
-def shard(model: nn.Module, mesh) -> None:
+def shard(model: PreTrainedModel, mesh) -> None:
     """Shard a transformers causal LM with FSDP2: each decoder layer, then the rest."""
     from torch.distributed.fsdp import fully_shard
 

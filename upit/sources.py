@@ -48,10 +48,12 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
         chat_template: Jinja text or a path to it; replaces the tokenizer's own.
     Raises: ValueError: neither the tokenizer nor ``chat_template`` gives a chat template.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     name, kwargs = resolve(source)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    if kwargs:  # transformers 5.17 mistakes a GGUF's end of turn for its beginning; the config has it right
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(AutoConfig.from_pretrained(name, **kwargs).eos_token_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
