@@ -21,6 +21,8 @@ from upit.losses import example_losses
 from upit.models import build
 from upit.sharding import shard
 
+PREDICT_TOKENS = 256
+
 
 class CausalLMModule(L.LightningModule):
     """A causal LM fine-tuned on the response tokens of instruction data.
@@ -34,7 +36,7 @@ class CausalLMModule(L.LightningModule):
         compile: compile each decoder layer in place (keys stay; layers share one graph).
         gradient_checkpointing: recompute each layer's activations in the backward pass.
         trust_remote_code: allow model code that comes with the weights.
-        max_new_tokens: longest generated answer; default the longest reference and a margin.
+        max_new_tokens: longest generated answer; default by the reference's length, 256 where there is none.
     """
 
     phase: Literal["dense", "moe"]
@@ -174,8 +176,8 @@ class CausalLMModule(L.LightningModule):
         ids_B = batch["example_ids"][:, 0].tolist()
         rows = [data.heldout_set[max(0, i)] for i in ids_B]
         prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-        budget = self.active.max_new_tokens or self._test_budget
-        answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budget)
+        budgets = [self.active.max_new_tokens or answer_budget(row) for row in rows]
+        answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
         for d, domain in enumerate(data.domains):
             own = [b for b, row in enumerate(rows) if ids_B[b] != PADDING and row["domain"] == domain]
             right = sum(data.verify(rows[b], answers[b]) for b in own) / max(1, len(own))
@@ -184,16 +186,13 @@ class CausalLMModule(L.LightningModule):
             self.log(f"test/loss/{domain}", value, batch_size=int(counts[d]), sync_dist=True)
 
     @override
-    def on_test_start(self) -> None:
-        self._test_budget = answer_budget(self.trainer.datamodule.heldout_set)
-
-    @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         data = self.trainer.datamodule
         prompts = [
             ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=self.active.max_new_tokens or 256)
+        budgets = [self.active.max_new_tokens or PREDICT_TOKENS] * len(prompts)
+        answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
         rows = [data.predict_set[i] for i in batch["index"].tolist()]
         return [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
 
@@ -206,6 +205,7 @@ class CausalLMModule(L.LightningModule):
             data.heldout_set,
             data.verify,
             max_new_tokens=self.active.max_new_tokens,
+            max_tokens=data.eval_batch_tokens,
             autocast=self.autocast,
             track=track,
         )
@@ -251,6 +251,8 @@ class CausalLMModule(L.LightningModule):
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=params[0].is_cuda or None)
+        # let Lightning unscale: under mixed precision it refuses to clip for optimizers that do it themselves
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         warmup = round(self.warmup_fraction * steps)
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 SUBCOMMANDS = {
     "fit": "run the whole method, or one phase, from a YAML config",
@@ -63,11 +64,19 @@ def _train(args: list[str] | None) -> None:
     import lightning as L
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    from callbacks import ExpertHarvest, Upcycling, WriteAnswers
+
     class CLI(LightningCLI):
-        """LightningCLI whose runs each have a directory of their own."""
+        """LightningCLI whose runs each have a directory of their own, and whose two callbacks have a key each.
+
+        A list of callbacks can only be replaced as a whole by a second config; ``harvest`` and ``upcycling`` can be
+        changed line by line.
+        """
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.set_defaults({"trainer.default_root_dir": "runs/run"})
+            parser.add_lightning_class_args(ExpertHarvest, "harvest", subclass_mode=True, required=False)
+            parser.add_lightning_class_args(Upcycling, "upcycling", subclass_mode=True, required=False)
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
@@ -80,13 +89,11 @@ def _train(args: list[str] | None) -> None:
                 if self.subcommand != "fit":
                     config.trainer.logger = False
 
-        def instantiate_trainer(self, **kwargs) -> L.Trainer:
-            trainer = super().instantiate_trainer(**kwargs)
+        def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
+            chosen = [callback for callback in callbacks if callback is not None]
             if self.subcommand == "predict":
-                from callbacks import WriteAnswers
-
-                trainer.callbacks.append(WriteAnswers())
-            return trainer
+                chosen.append(WriteAnswers())
+            return super()._instantiate_trainer(config, chosen)
 
     CLI(
         L.LightningModule,

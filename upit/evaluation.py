@@ -20,11 +20,12 @@ Scores = dict[str, Any]
 
 @torch.no_grad()
 def greedy_answers(
-    model: PreTrainedModel, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    model: PreTrainedModel, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: Sequence[int]
 ) -> list[str]:
     """Answer a batch of prompts greedily with a KV cache, left-padded; stops at the end of the turn.
 
-    A collective when the model is sharded: every rank must call it the same number of times.
+    Each answer is cut at its own ``max_new_tokens``, so that it does not depend on the batch it is in. A collective
+    when the model is sharded: every rank must call it the same number of times.
     """
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -38,19 +39,20 @@ def greedy_answers(
     )
     ids = model.generate(
         **batch,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(max_new_tokens),
         do_sample=False,
         use_cache=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
         synced_gpus=world_size() > 1,
     )
-    return tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+    answers = [row[:most] for row, most in zip(ids[:, width:].tolist(), max_new_tokens, strict=True)]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def answer_budget(dataset: Sequence[Example], *, margin: int = 4) -> int:
-    """Tokens to allow a generation: the longest reference response and a margin."""
-    return max(len(example["input_ids"]) - example["prompt_length"] for example in dataset) + margin
+def answer_budget(example: Example, *, margin: int = 16) -> int:
+    """Tokens to allow the answer to an example: one and a half times its reference response, and a margin."""
+    return (len(example["input_ids"]) - example["prompt_length"]) * 3 // 2 + margin
 
 
 @torch.no_grad()
@@ -69,8 +71,8 @@ def evaluate(
 
     Args:
         verify: says whether a completion answers an example (the task's own verifier).
-        max_new_tokens: default :func:`answer_budget`.
-        max_tokens: prompt tokens in a batch, with padding.
+        max_new_tokens: of an answer; default :func:`answer_budget`.
+        max_tokens: of a batch, with padding and answers.
     Returns: ``{"domains": {name: {"loss", "exact_match"}}, "average": {"loss", "exact_match"}}``. A domain's loss
         is in nats, the mean over its response tokens; exact match lies in 0..1; the average weighs domains alike.
     """
@@ -81,13 +83,14 @@ def evaluate(
     loss_S, tokens_S = score_examples(
         model, indices, rows, pad_id=tokenizer.pad_token_id, max_tokens=max_tokens, autocast=autocast
     )
-    budget = answer_budget(rows) if max_new_tokens is None else max_new_tokens
+    budgets = [max_new_tokens or answer_budget(row) for row in rows]
     right_S = torch.zeros(len(rows), dtype=torch.float64, device=next(model.parameters()).device)
-    groups = length_grouped(indices, [row["prompt_length"] + budget for row in rows], max_tokens=max_tokens)
+    lengths = [row["prompt_length"] + budget for row, budget in zip(rows, budgets, strict=True)]
+    groups = length_grouped(indices, lengths, max_tokens=max_tokens)
     for group, counts in track(own_share(groups)):
         prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in group]
         with autocast():
-            answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=budget)
+            answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=[budgets[i] for i in group])
         if counts:
             for i, answer in zip(group, answers, strict=True):
                 right_S[i] = float(verify(rows[i], answer))
