@@ -30,7 +30,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         chat_template: Jinja text or a file; default the tokenizer's own, ChatML for a trained one.
         system_prompt: first message of every conversation.
         trust_remote_code: allow tokenizer code that comes with the files.
-    Raises: ValueError: an unknown family, or one that has not enough distinct questions.
+    Raises: ValueError: an unknown family, one without reference answers, or one with too few distinct questions.
     """
 
     def __init__(
@@ -97,6 +97,8 @@ class ReasoningGymDataModule(ConversationDataModule):
             if len(rows) == count:
                 return rows
             entry = questions[i]
+            if entry["answer"] is None:
+                raise ValueError(f"data.families.{domain}.{family} has no reference answers to train on; leave it out")
             if entry["question"] not in seen:
                 seen.add(entry["question"])
                 rows.append(self._row(domain, family, f"{family}:{self.seed + offset}:{i}", entry))

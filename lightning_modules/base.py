@@ -252,7 +252,7 @@ class CausalLMModule(L.LightningModule):
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=params[0].is_cuda or None)
         # let Lightning unscale: under mixed precision it refuses to clip for optimizers that do it themselves
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         warmup = round(self.warmup_fraction * steps)
         scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
