@@ -1,5 +1,6 @@
 """Who gets which tokens, right after the swap and at every validation after it."""
 
+import time
 from contextlib import ExitStack
 
 from typing_extensions import override
@@ -9,12 +10,15 @@ from upit.distributed import rank
 from upit.metrics import DomainRouting, summary
 from upit.routing import count_heldout, domain_routing, expert_choices_of, token_view
 
+DRAWING = 0.01
+
 
 class RoutingPicture(Pictures):
     """Count the held-out tokens by layer, expert and domain: nothing in the training step.
 
     Counts ride along with the validation's own passes and stay on the device until its end. Each snapshot goes to
-    ``<run>/routing/step_*.json`` and is logged as ``router/*``; pictures are drawn at the swap and at an epoch's end.
+    ``<run>/routing/step_*.json`` and is logged as ``router/*``; pictures are drawn at the swap, at the end, and
+    at the ends of epochs that are long enough for it to take at most ``DRAWING`` of the time.
     """
 
     tags = ("router/domains", "router/load", "router/over_time", "router/tokens")
@@ -22,6 +26,7 @@ class RoutingPicture(Pictures):
     def __init__(self) -> None:
         self.metric: DomainRouting | None = None
         self._tap = ExitStack()
+        self._drawn_at = self._seconds = 0.0
 
     def on_upcycling_end(self, trainer, module, upcycling) -> None:
         module.eval()
@@ -54,8 +59,20 @@ class RoutingPicture(Pictures):
 
     @override
     def on_train_epoch_end(self, trainer, pl_module) -> None:
+        if pl_module.phase == "moe" and (time.perf_counter() - self._drawn_at) * DRAWING > self._seconds:
+            self.show(trainer)
+
+    @override
+    def on_train_end(self, trainer, pl_module) -> None:
         if pl_module.phase == "moe":
             self.show(trainer)
+
+    @override
+    def show(self, trainer) -> None:
+        start = time.perf_counter()
+        super().show(trainer)
+        self._drawn_at = time.perf_counter()
+        self._seconds = self._drawn_at - start
 
     def _snapshot(self, trainer, module, metric: DomainRouting) -> dict[str, float]:
         """Write what was counted, and sum it up; a collective."""

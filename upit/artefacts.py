@@ -116,11 +116,14 @@ def flatten(config: dict[str, Any]) -> dict[str, str | int | float | bool]:
     """A CLI config as a flat table: ``{"model.moe.lr": 0.002, "upcycling": "Upcycling", ...}``.
 
     A class's value is its name, its arguments follow beneath it; plain nested values become text. Of the trainer only
-    what bears on results is kept.
+    what bears on results is kept, and its callbacks but for Lightning's own.
     """
     sections = {key: value for key, value in config.items() if key not in ("trainer", "ckpt_path", "weights_only")}
     trainer = config.get("trainer") or {}
     sections["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
+    for callback in trainer.get("callbacks") or []:
+        if not callback["class_path"].startswith("lightning."):
+            sections[f"callbacks.{callback['class_path'].rpartition('.')[2]}"] = callback
     flat: dict[str, Any] = {}
     for key, value in sections.items():
         _flatten_into(flat, key, value, is_section=True)

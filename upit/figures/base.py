@@ -67,7 +67,7 @@ def heatmap(
     low: float | None = None,
     high: float | None = None,
     text: str | None = None,
-    bar: bool = True,
+    numbers: np.ndarray | None = None,
 ) -> None:
     """A matrix in colour, with numbers in the cells where they fit.
 
@@ -75,16 +75,15 @@ def heatmap(
         values: (rows, columns).
         unit: label of the colour bar.
         text: format of the numbers; None for none.
-        bar: draw the colour bar.
+        numbers: what to write in the cells; default the values.
     """
     image = axes.imshow(values, cmap=MAP, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     tick_labels(axes, rows, columns)
     if text is not None and len(columns) <= 12 and len(rows) <= 64:
-        for (i, j), value in np.ndenumerate(values):
-            colour = ink(image.cmap(image.norm(value))[:3])
-            axes.text(j, i, format(value, text), ha="center", va="center", fontsize=7, color=colour)
-    if bar:
-        axes.figure.colorbar(image, ax=axes, label=unit, pad=0.01, fraction=0.05, aspect=30)
+        for (i, j), number in np.ndenumerate(values if numbers is None else numbers):
+            colour = ink(image.cmap(image.norm(values[i, j]))[:3])
+            axes.text(j, i, format(number, text), ha="center", va="center", fontsize=7, color=colour)
+    axes.figure.colorbar(image, ax=axes, label=unit, pad=0.01, fraction=0.05, aspect=30)
 
 
 def tick_labels(axes: Axes, rows: Sequence[str], columns: Sequence[str], *, most: int = 64) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from upit.figures.base import MARKERS, canvas, colours
+from upit.figures.base import MARKERS, canvas, colours, extent
 
 Curves = Mapping[str, tuple[list[int], list[float]]]
 TRAIN, HELDOUT = "train/loss", "val/loss"
@@ -90,7 +90,7 @@ def compared_scores(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
         runs: by name, the scores of :func:`upit.evaluation.evaluate`.
     """
     groups = [*sorted({domain for scores in runs.values() for domain in scores["domains"]}), "average"]
-    figure = canvas(max(6.0, 0.28 * len(groups) * (len(runs) + 1) + 2.5), 3.6)
+    figure = canvas(extent(len(groups) * (len(runs) + 1), each=0.28, least=4.0, most=14) + 2.0, 3.6)
     axes = figure.subplots()
     width = 0.8 / len(runs)
     for i, ((name, scores), colour) in enumerate(zip(runs.items(), colours(len(runs)), strict=True)):

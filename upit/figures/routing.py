@@ -98,9 +98,10 @@ def time_figure(snapshots: Sequence[Mapping[str, Any]]) -> Figure:
     _band(information, steps, shuffled, orange, "domains shuffled")
     information.set_ylabel("mutual information (bits)")
     information.set_ylim(bottom=0)
-    dead.plot(steps, [int(dead_experts(c).sum()) for c in counts], marker="o", color=blue)
+    numbers = [int(dead_experts(c).sum()) for c in counts]
+    dead.plot(steps, numbers, marker="o", color=blue)
     dead.set_ylabel(f"dead experts (of {counts[0].shape[0] * num_experts})")
-    dead.set_ylim(bottom=0)
+    dead.set_ylim(0, max(4, 1.1 * max(numbers)))
     dead.yaxis.get_major_locator().set_params(integer=True)
     mean_EN = np.stack([load(c).mean(0).numpy() for c in counts], axis=1)
     heatmap(

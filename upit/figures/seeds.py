@@ -26,7 +26,9 @@ def seed_figure(examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     columns = extent(len(domains), each=0.55, least=2.6, most=10)
     figure = canvas(2 * columns + 5.0, extent(num_experts, each=0.27, least=2.0, most=15) + 1.6)
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[columns, 2.4, columns])
-    heatmap(left, np.exp(mean_NC), rows=names, columns=domains, unit="perplexity", text=".2f")
+    excess_NC = np.exp(mean_NC - mean_NC.min(0))  # domains differ far more than experts do
+    unit = "over the domain's best expert"
+    heatmap(left, excess_NC, rows=names, columns=domains, unit=unit, low=1.0, text=".2f", numbers=np.exp(mean_NC))
     left.set_title("perplexity (geometric mean)", fontsize=9)
     left.set_ylabel("expert")
     _bucket_bars(middle, log_SN.argmin(1), owner_S, num_experts)
