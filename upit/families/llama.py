@@ -1,4 +1,4 @@
-"""Llama and Mistral to Mixtral."""
+"""Mistral and Llama to Mixtral."""
 
 from typing import Any
 
@@ -7,13 +7,11 @@ from transformers import MixtralConfig, PretrainedConfig
 from upit.families.base import Family
 
 
-class Llama(Family):
-    """Llama to Mixtral, which has no biases."""
+class Mistral(Family):
+    """Mistral to Mixtral, whose attention is the same, its sliding window over all layers included."""
 
-    dense_type = "llama"
+    dense_type = "mistral"
     moe_type = "mixtral"
-    refused = ("attention_bias", "mlp_bias")
-    reason = "Mixtral has no biases"
     block_in_file = "block_sparse_moe"
     ffn_in_file = ("w1", "w3", "w2")
 
@@ -24,8 +22,9 @@ class Llama(Family):
         return MixtralConfig(**shared, num_local_experts=num_experts, num_experts_per_tok=top_k, sliding_window=window)
 
 
-class Mistral(Llama):
-    """Mistral to Mixtral, whose attention is the same, its sliding window over all layers included."""
+class Llama(Mistral):
+    """Llama to Mixtral: Mistral's architecture but for biases, and with no window."""
 
-    dense_type = "mistral"
-    refused = ()
+    dense_type = "llama"
+    refused = ("attention_bias", "mlp_bias")
+    reason = "Mixtral has no biases"
