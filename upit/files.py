@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +18,28 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def check_output(output: Path) -> None:
+    """Raises: FileExistsError: the directory holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} is not empty; name another directory")
+
+
+@contextmanager
+def fresh_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which takes the name ``output`` once it is complete.
+
+    Args:
+        overwrite: replace what is at ``output`` then.
+    Raises: FileExistsError: the output is not empty.
+    """
+    if not overwrite:
+        check_output(output)
+    beside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    if output.exists():
+        shutil.rmtree(output)
+    beside.replace(output)

@@ -7,16 +7,20 @@ tensors in use, however large the files are. Every tensor read or written is che
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from upit.files import write_json
+
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+SHARD_BYTES = 5 * 10**9
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -104,6 +108,42 @@ def write_tensors(
     os.replace(beside, path)
 
 
+def write_checkpoint(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, *, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Stream tensors into the weight files of a checkpoint directory, named and indexed as transformers does.
+
+    Args:
+        tensors, specs: as for :func:`write_tensors`.
+        max_shard_bytes: of a file's tensors; a larger tensor has a file of its own.
+    """
+    shards, content = _shards(specs, max_shard_bytes), iter(tensors)
+    for file, shard in shards.items():
+        write_tensors(directory / file, islice(content, len(shard)), shard, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        total = sum(_size(*spec) for spec in specs.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(specs: Specs, max_bytes: int) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if groups[-1] and size + _size(*spec) > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = spec
+        size += _size(*spec)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
 def _pieces(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, metadata: Mapping[str, str]):
     yield _header(specs, metadata)
     for (name, tensor), (expected, spec) in zip(tensors, specs.items(), strict=True):
@@ -117,7 +157,7 @@ def _header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in specs.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = _size(dtype, shape)
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     head = json.dumps(header).encode()
