@@ -1,7 +1,7 @@
 """Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from upit.pool import Expert, ExpertFileError, Pool, write_once
 from upit.scoring import fingerprint, write_ffn
 from upit.similarity import Track, untracked
 from upit.strategy import Strategy, require_within
-from upit.weights import Weights
+from upit.tensor_files import TensorFiles
 
 
 class ExpertSource(Strategy):
@@ -181,57 +181,48 @@ class Checkpoints(ExpertSource):
         if not paths:
             raise ValueError("Checkpoints.paths is empty: name transformers directories or harvested pools")
         for path in paths:
-            _kind_of(Path(path))
+            if not _is_pool(Path(path)):
+                TensorFiles(Path(path))
         self.paths = paths
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         found: list[Expert] = []
         for path in map(Path, self.paths):
-            if _kind_of(path) == "model":
-                found.append(
-                    self._import(path, harvest.base, output / f"checkpoint_{len(found):02d}.safetensors", track)
-                )
-                continue
-            pool = Pool.load(path)
-            pool.verify()
-            _check_shapes(path, pool.base.shapes, harvest.base)
-            found += [replace(expert, origin={**expert.origin, "path": str(path)}) for expert in pool.experts]
+            own = _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
+            for expert in own:
+                _check_shapes(expert, harvest.base)
+            found += own
         return found
 
-    def _import(self, path: Path, base: Expert, file: Path, track: Track) -> Expert:
-        """Copy the FFN out of a transformers directory, so that the experts stay what they were."""
-        weights = Weights.open(path)
-        _check_shapes(path, weights.shapes, base)
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name in track(base.shapes, f"({path.name})"):
-                yield name, weights.read(name).to(getattr(torch, base.dtype))
-
-        sha256 = on_rank_zero(
-            lambda: write_once(file, tensors(), base.specs, digest([weights.fingerprint(), base.dtype]))
-        )
-        return Expert(file, sha256, base.dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=weights.files)
-
     def count(self, harvested, num_experts):
-        return sum(len(Pool.load(path).experts) if _kind_of(path) == "pool" else 1 for path in map(Path, self.paths))
+        return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in map(Path, self.paths))
 
 
-def _kind_of(path: Path) -> Literal["pool", "model"]:
-    if (path / "manifest.json").exists():
-        return "pool"
-    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
-        return "model"
-    raise ValueError(
-        f"Checkpoints.paths: {str(path)!r} is neither a transformers directory (config.json and safetensors) nor a "
-        "harvested pool (manifest.json)"
-    )
+def _is_pool(path: Path) -> bool:
+    return (path / "manifest.json").exists()
 
 
-def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], base: Expert) -> None:
+def _experts_of_pool(path: Path) -> list[Expert]:
+    pool = Pool.load(path)
+    pool.verify()
+    return [replace(expert, origin={**expert.origin, "path": str(path)}) for expert in pool.experts]
+
+
+def _expert_of_model(path: Path) -> Expert:
+    """A checkpoint directory as an expert, known by its files' names, sizes and times."""
+    tensors = TensorFiles(path)
+    files = sorted({entry.file for entry in tensors.values()})
+    known = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return Expert(path, known, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
+
+
+def _check_shapes(expert: Expert, base: Expert) -> None:
     """Raises: ExpertFileError: an expert's tensor is missing or has another shape than the dense model's."""
-    for name, shape in base.shapes.items():
-        if shapes.get(name) != shape:
+    own, shapes = expert.shapes, base.shapes
+    for name in sorted(own.keys() | shapes.keys()):
+        if own.get(name) != shapes.get(name):
             raise ExpertFileError(
-                f"{path}: tensor {name!r} has shape {shapes.get(name)}, the dense model's has {shape}; experts must "
-                "share its architecture"
+                f"{expert.file}: tensor {name!r} has shape {own.get(name)}, the dense model's has {shapes.get(name)}; "
+                "experts must share its architecture"
             )

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +32,28 @@ def seeded(*key: Any) -> torch.Generator:
     """A random generator seeded by a key, so that what is drawn depends on no order of work."""
     content = hashlib.sha256(json.dumps(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(content[:7], "big"))
+
+
+def check_output(output: Path) -> None:
+    """Raises: FileExistsError: the directory holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} is not empty; name another directory")
+
+
+@contextmanager
+def fresh_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which takes the name ``output`` once it is complete.
+
+    Args:
+        overwrite: replace what is at ``output`` then.
+    Raises: FileExistsError: the output is not empty.
+    """
+    if not overwrite:
+        check_output(output)
+    beside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    if output.exists():
+        shutil.rmtree(output)
+    beside.replace(output)

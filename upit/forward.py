@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.examples import IGNORE, Batch, block_causal_mask
+from upit.families import ROUTER
 
 
 def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +26,7 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
         logits_LV = model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=block_causal_mask(batch),
+            attention_mask=block_causal_mask(batch, window=getattr(model.config, "sliding_window", None)),
             use_cache=False,
         ).logits
     finally:
@@ -35,7 +36,7 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
 
 def moe_routers(model: PreTrainedModel) -> list:
     """The router of each MoE layer, in order."""
-    return [layer.mlp.gate for layer in model.model.layers]
+    return [layer.get_submodule(ROUTER) for layer in model.model.layers]
 
 
 @contextmanager

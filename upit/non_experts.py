@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.families import is_expert
-from upit.pool import Expert
+from upit.pool import Expert, ExpertFileError, Rows
 from upit.sharding import local, local_slices
 from upit.strategy import Strategy
-from upit.weights import Weights
+from upit.tensor_files import TensorFiles
 
 
 class NonExperts(Strategy):
@@ -37,6 +37,14 @@ def _overwrite(dense: PreTrainedModel, value: Callable[[str, tuple[slice, ...]],
             target.copy_(value(name, local_slices(param)).to(target.device))
 
 
+def _rest_of(expert: Expert) -> Path:
+    if expert.rest is None:
+        raise ExpertFileError(
+            f"{str(expert.file)!r} was harvested without the parameters that are no expert's; there is no mean of them"
+        )
+    return expert.rest
+
+
 class Last(NonExperts):
     """Of the dense model at the swap; default ours."""
 
@@ -50,10 +58,10 @@ class Mean(NonExperts):
     of_pool = True
 
     def fill(self, dense, pool):
-        sources = [Weights(expert.rest) for expert in pool]
+        sources = [TensorFiles(_rest_of(expert)) for expert in pool]
 
         def mean(name: str, where: tuple[slice, ...]) -> Tensor:
-            return torch.stack([source.get_slice(name)[where].float() for source in sources]).mean(0)
+            return torch.stack([Rows(source, name)[where].float() for source in sources]).mean(0)
 
         _overwrite(dense, mean)
 
@@ -63,14 +71,13 @@ class Named(NonExperts):
 
     Args:
         path: transformers directory with safetensors, of the dense model's architecture.
-    Raises: ValueError: there is no such directory.
+    Raises: ValueError: it holds no weights that can be read.
     """
 
     def __init__(self, path: str) -> None:
-        if not any(Path(path).glob("*.safetensors")):
-            raise ValueError(f"Named.path={path!r} holds no safetensors; name a transformers directory")
+        TensorFiles(Path(path))
         self.path = path
 
     def fill(self, dense, pool):
-        source = Weights.open(Path(self.path))
-        _overwrite(dense, lambda name, where: source.get_slice(name)[where])
+        source = TensorFiles(Path(self.path))
+        _overwrite(dense, lambda name, where: Rows(source, name)[where])

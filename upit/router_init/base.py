@@ -48,7 +48,7 @@ class RouterInit(Strategy):
 
 
 class Random(RouterInit):
-    """Normal, its deviation the config's ``initializer_range``: stock transformers' (the paper's "no initialisation")."""
+    """Stock transformers' own: normal, with the config's ``initializer_range`` (the paper's "no initialisation")."""
 
     needs_seeds = False
 

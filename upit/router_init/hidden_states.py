@@ -27,8 +27,7 @@ def load_mean(dense: PreTrainedModel, experts: Sequence[Expert]) -> None:
     for name, param in dense.named_parameters():
         if is_expert(name):
             where = local_slices(param)
-            total = sum(expert.get_slice(name)[where].float() for expert in experts)
-            local(param).copy_(total / len(experts))
+            local(param).copy_(torch.stack([expert.get_slice(name)[where].float() for expert in experts]).mean(0))
 
 
 @torch.no_grad()
