@@ -22,7 +22,6 @@ from upit.losses import response_loss
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
-from upit.strategy import require_within
 
 
 class RoutingVectors(RouterInit):
@@ -47,7 +46,8 @@ class RoutingVectors(RouterInit):
         expert_lr: float | None = None,
         batch_size: int = 8,
     ) -> None:
-        require_within(self, "alpha", alpha, 0.0, 1.0)
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"RoutingVectors.alpha={alpha} must lie in [0, 1]")
         for field, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size), ("expert_lr", expert_lr)):
             if value is not None and value <= 0:
                 raise ValueError(f"RoutingVectors.{field}={value} must be positive")
