@@ -48,7 +48,7 @@ def steer(layer: nn.Module, load: str) -> None:
         layer.gate.register_forward_hook(biased)
 
 
-def measure(layer: nn.Module, tokens: int, hidden: int) -> float:
+def measure(layer: nn.Module, tokens: int, hidden: int, *, profile: bool = False) -> float:
     """Milliseconds of a forward and backward pass."""
     x_BTH = torch.randn(1, tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x_BTH)
@@ -61,6 +61,12 @@ def measure(layer: nn.Module, tokens: int, hidden: int) -> float:
 
     for _ in range(3):
         step()
+    if profile:
+        with torch.profiler.profile() as profiler:
+            for _ in range(10):
+                step()
+            torch.cuda.synchronize()
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
     return do_bench(step, warmup=50, rep=300, return_mode="median")
 
 
@@ -70,6 +76,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="HIDDENxINNERxEXPERTS")
     parser.add_argument("--load", choices=["even", "skewed", "empty"], default="even")
     parser.add_argument("--eager-loop", action="store_true", help="also time the stock loop over experts")
+    parser.add_argument("--profile", action="store_true", help="print where the time of upit+c goes")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.tokens} tokens, load {options.load}")
     names = ["dense+c", "grouped_mm", "grouped_mm+c", "upit", "upit+c"]
@@ -89,7 +96,7 @@ def main() -> None:
                 steer(layer, options.load)
             if compiled:
                 layer.compile()
-            times[name] = measure(layer, options.tokens, hidden)
+            times[name] = measure(layer, options.tokens, hidden, profile=options.profile and name == "upit+c")
             del layer
             torch.cuda.empty_cache()
         row = [shape, *[f"{times[name]:.2f}" for name in names], f"{times['dense+c'] / times['upit+c']:.2f}"]

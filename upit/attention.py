@@ -55,7 +55,8 @@ def packed_attention(
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
     rows = [
-        tensor.transpose(1, 2).reshape(batch * length, heads, width)
+        # under autocast the rotation leaves queries and keys in float32
+        tensor.to(value.dtype).transpose(1, 2).reshape(batch * length, heads, width)
         for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))
     ]
     ends = attention_mask.flatten()
