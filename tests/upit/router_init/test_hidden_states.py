@@ -8,7 +8,7 @@ import torch
 
 from tests.upit.tiny import dense_model, expert_of
 from upit.examples import IGNORE, collate
-from upit.forward import ffn_inputs_of, response_logits
+from upit.forward import ffn_inputs_of, response_states
 from upit.router_init import HiddenMean, Random, Ridge
 from upit.router_init.hidden_states import load_mean
 from upit.scoring import Seeds, load_expert
@@ -35,7 +35,7 @@ def states_of(dense, experts, data):
     load_mean(dense, experts)
     for row in range(len(data.train_set)):
         with ffn_inputs_of(dense) as inputs:
-            response_logits(dense, collate([[row]], data.train_set, pad_id=0))
+            response_states(dense, collate([[row]], data.train_set, pad_id=0))
         yield [h[0].numpy() for h in inputs]
 
 
