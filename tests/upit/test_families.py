@@ -1,0 +1,106 @@
+"""Every family: parity with the dense model, stock transformers' loading, and what is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from tests.upit.tiny import dense_config, dense_model, expert_of
+from upit import experts
+from upit.checkpoints import config_of, identity_of
+from upit.examples import collate
+from upit.families import FAMILIES, family_of, moe_config
+from upit.forward import last_routing, moe_routers, record_routing, response_logits
+from upit.models import build
+from upit.upcycling import upcycle
+
+IDS_BT = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+def upcycled(family, tmp_path, *, seeds=(0, 0, 0, 0)):
+    """A dense model and a MoE from it with one expert per seed, the router random."""
+    dense = dense_model(family)
+    files = [expert_of(dense_model(family, seed), tmp_path / f"{i}.safetensors") for i, seed in enumerate(seeds)]
+    router_DEH = torch.randn(2, len(seeds), 32, generator=torch.Generator().manual_seed(2))
+    moe = build(moe_config(dense.config, num_experts=len(seeds), top_k=2)).eval()
+    with torch.no_grad():
+        for param in moe.parameters():
+            param.fill_(float("nan"))  # what upcycling forgets shows
+    upcycle(moe, dense, files, router_DEH)
+    return dense, moe, router_DEH
+
+
+@every_family
+@torch.no_grad()
+def test_identical_experts_reproduce_the_dense_logits(family, tmp_path):
+    dense, moe, _ = upcycled(family, tmp_path)
+    assert moe.config.model_type == FAMILIES[family].moe_type
+    assert dense(IDS_BT).logits.std() > 0.1
+    torch.testing.assert_close(moe(IDS_BT).logits, dense(IDS_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+@torch.no_grad()
+def test_stock_transformers_loads_what_is_saved(family, tmp_path):
+    _, moe, router_DEH = upcycled(family, tmp_path, seeds=(0, 1, 2))
+    moe.save_pretrained(tmp_path / "moe")
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    torch.testing.assert_close(stock.eval()(IDS_BT).logits, moe(IDS_BT).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.stack([router.weight for router in moe_routers(stock)]), router_DEH)
+
+
+@every_family
+def test_the_grouped_experts_forward_serves_it(family, tmp_path):
+    dense, moe, _ = upcycled(family, tmp_path, seeds=(0, 1, 2))
+    assert moe.config._experts_implementation == experts.NAME
+    with torch.no_grad():
+        ours = moe(IDS_BT).logits
+        moe.config._experts_implementation = "eager"
+        torch.testing.assert_close(ours, moe(IDS_BT).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(ours, dense(IDS_BT).logits, atol=0.05), "different experts changed nothing"
+    experts.use(moe)
+    record_routing(moe)
+    moe(IDS_BT).logits.sum().backward()
+    assert last_routing(moe)[0].shape == (2, 40, 3)
+    assert all(router.weight.grad.abs().sum() > 0 for router in moe_routers(moe))
+
+
+@every_family
+def test_the_identity_in_checkpoints_rebuilds_it(family):
+    config = moe_config(dense_config(family), num_experts=3, top_k=2)
+    identity = identity_of(build(config), phase="moe", swap_step=1)
+    assert (identity["num_experts"], identity["top_k"]) == (3, 2)
+    again = config_of(identity)
+    assert [(n, p.shape) for n, p in build(again).named_parameters()] == [
+        (n, p.shape) for n, p in build(config).named_parameters()
+    ]
+
+
+@torch.no_grad()
+def test_training_sees_the_sliding_window_that_stock_attention_has():
+    model = dense_model("mistral")
+    row = {"input_ids": IDS_BT[0].tolist(), "labels": [-100, *IDS_BT[0, 1:].tolist()]}
+    ours = response_logits(model, collate([[0]], [row], pad_id=0))[0]
+    torch.testing.assert_close(ours, model(IDS_BT[:1]).logits[0, :-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias=True: Mixtral has no biases"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True: Mixtral has no biases"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True: Qwen2-MoE"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True: Qwen3-MoE"),
+    ],
+)
+def test_refuses_what_the_moe_cannot_express(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        moe_config(dense_config(family, **fields), num_experts=2, top_k=1)
+
+
+def test_refuses_other_architectures():
+    with pytest.raises(ValueError, match=r"model_type='gpt2'.*'llama', 'mistral', 'olmo2', 'qwen2', 'qwen3'"):
+        family_of(GPT2Config())
