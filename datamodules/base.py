@@ -180,6 +180,7 @@ class ConversationDataModule(L.LightningDataModule):
                 sampler=self._sampler(self.rows, shuffle=True),
                 collate_fn=self._collate_packed,
                 num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
                 drop_last=True,
             )
         return StatefulDataLoader(
@@ -188,6 +189,7 @@ class ConversationDataModule(L.LightningDataModule):
             sampler=StatefulDistributedSampler(self.rows, num_replicas=1, rank=0, shuffle=True, seed=self.seed),
             collate_fn=self._collate_grouped,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _collate_packed(self, rows: list[list[int]]) -> Batch:

@@ -133,9 +133,10 @@ class CausalLMModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.compiler.set_stance("default"):
             loss, terms = self.active.objective(batch)
-        self.log("train/loss", terms["lm_loss"], prog_bar=True, sync_dist=True)
+        rows = len(batch["input_ids"])
+        self.log("train/loss", terms["lm_loss"], prog_bar=True, sync_dist=True, batch_size=rows)
         for name, value in terms.items():
-            self.log(f"{self.active.phase}/{name}", value, sync_dist=True)
+            self.log(f"{self.active.phase}/{name}", value, sync_dist=True, batch_size=rows)
         return loss
 
     def lm_loss(self, batch: Batch) -> Tensor:
