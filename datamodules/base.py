@@ -136,10 +136,10 @@ class ConversationDataModule(L.LightningDataModule):
         self.domains = sorted({row["domain"] for row in self.heldout_set})
         self.stats = read_json(self.folder / "stats.json")
         for name, counts in self.stats.items():
-            if counts["cut"]:
+            if counts["cut"] or counts["dropped"]:
                 warnings.warn(
                     f"{name}: {counts['cut']} of {counts['examples'] + counts['dropped']} examples are longer than "
-                    f"max_length={self.max_length}: cut; {counts['dropped']} of them had no response left: dropped",
+                    f"max_length={self.max_length}: cut; {counts['dropped']} have no response (left): dropped",
                     stacklevel=2,
                 )
         self.rows = self._training_rows()

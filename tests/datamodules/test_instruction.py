@@ -113,13 +113,21 @@ def test_cut_and_dropped_examples_are_counted_and_reported(make_instruction, tmp
     heldout = write_jsonl(tmp_path / "heldout.jsonl", ROWS[10:])
     module = make_instruction(train_files=[write_jsonl(tmp_path / "a.jsonl", rows)], heldout_files=[heldout])
     module.prepare_data()
-    with pytest.warns(UserWarning, match=r"train: 3 of 13 examples are longer than max_length=96: cut; 2 of them"):
+    with pytest.warns(UserWarning, match=r"train: 3 of 13 examples are longer than max_length=96: cut; 2 have no response"):
         module.setup("fit")
     assert module.stats["train"]["cut"] == 3
     assert module.stats["train"]["dropped"] == 2
     assert len(module.train_set) == module.stats["train"]["examples"] == 11
     assert max(len(row["input_ids"]) for row in module.train_set) == 96
     assert all(any(label != IGNORE for label in row["labels"]) for row in module.train_set)
+
+
+def test_examples_that_never_had_a_response_are_reported_too(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"messages": turns("Hi")}])
+    module = make_instruction(train_files=[file], heldout_files=[as_jsonl(tmp_path)])
+    module.prepare_data()
+    with pytest.warns(UserWarning, match=r"train: 0 of 21 examples .* 1 have no response \(left\): dropped"):
+        module.setup("fit")
 
 
 def test_nothing_is_reported_where_nothing_is_cut(make_instruction, tmp_path):
