@@ -69,6 +69,7 @@ def encode(tokenizer, row: Mapping[str, Any], *, max_length: int) -> dict[str, A
     Cut to ``max_length`` tokens; what is left of it may hold no response, which the caller drops and counts.
     """
     messages = row["messages"]
+    responses = [message["content"] for message in messages if message["role"] == "assistant"]
     ids, labels = tokenise(tokenizer, messages)
     cut = len(ids) > max_length
     ids, labels = ids[:max_length], labels[:max_length]
@@ -79,7 +80,7 @@ def encode(tokenizer, row: Mapping[str, Any], *, max_length: int) -> dict[str, A
         "input_ids": ids,
         "labels": labels,
         "prompt_length": starts[-1] if starts else 0,
-        "answer": messages[-1]["content"],
+        "answer": responses[min(len(starts), len(responses)) - 1] if starts else "",  # of the last response left
         "metadata": row.get("metadata", ""),
         "cut": cut,
     }

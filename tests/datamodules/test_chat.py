@@ -123,3 +123,23 @@ def test_an_example_is_cut_at_its_end(tokenizer):
     assert cut["input_ids"] == whole["input_ids"][:-2]
     assert cut["labels"] == whole["labels"][:-2]
     assert cut["prompt_length"] == whole["prompt_length"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_reference_answer_is_that_of_the_last_response_left(tokenizer, name):
+    tokenizer.chat_template, _ = TEMPLATES[name]
+    whole = encode(tokenizer, {"id": "a", "domain": "d", "messages": THREE}, max_length=1000)
+    for max_length in range(whole["prompt_length"] + 1, 0, -1):
+        example = encode(tokenizer, {"id": "a", "domain": "d", "messages": THREE}, max_length=max_length)
+        found = responses(example["input_ids"], example["labels"], tokenizer)
+        if found:
+            assert example["answer"] == [message["content"] for message in THREE[1::2]][len(found) - 1]
+        else:
+            assert example["answer"] == ""
+
+
+def test_a_conversation_that_ends_with_a_question_is_scored_on_its_last_response(tokenizer):
+    tokenizer.chat_template = CHATML
+    messages = turns("Hi", "Yes.", "Why?")
+    example = encode(tokenizer, {"id": "a", "domain": "d", "messages": messages}, max_length=1000)
+    assert example["answer"] == "Yes."
