@@ -45,6 +45,14 @@ def test_every_format_gives_the_same_examples(make_instruction, tmp_path, write)
     assert len({row["id"] for row in module.train_set + module.heldout_set}) == 20
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_jsonl_ends_at_a_newline_alone(make_instruction, tmp_path, separator):
+    """JSON allows these in a string; Python's splitlines ends a line there."""
+    rows = [{"messages": turns(f"What is{separator}{i}?", f"{i}")} for i in range(5)]
+    module = ready(make_instruction(train_files=[write_jsonl(tmp_path / "rows.jsonl", rows)]))
+    assert texts(module) == rendered(module, rows)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_a_dataset_folder(make_instruction, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
@@ -113,7 +121,9 @@ def test_cut_and_dropped_examples_are_counted_and_reported(make_instruction, tmp
     heldout = write_jsonl(tmp_path / "heldout.jsonl", ROWS[10:])
     module = make_instruction(train_files=[write_jsonl(tmp_path / "a.jsonl", rows)], heldout_files=[heldout])
     module.prepare_data()
-    with pytest.warns(UserWarning, match=r"train: 3 of 13 examples are longer than max_length=96: cut; 2 have no response"):
+    with pytest.warns(
+        UserWarning, match=r"train: 3 of 13 examples are longer than max_length=96: cut; 2 have no response"
+    ):
         module.setup("fit")
     assert module.stats["train"]["cut"] == 3
     assert module.stats["train"]["dropped"] == 2
