@@ -72,6 +72,16 @@ def test_equals_the_eager_loop_under_autocast(layer):
         assert not torch.equal(found, reference), "autocast must reach the grouped products"
 
 
+def test_gives_back_the_dtype_of_the_hidden_states(layer):
+    """The router's weights stay in float32 where the model is in bfloat16."""
+    ids, weights = route(2)
+    x = torch.randn(TOKENS, HIDDEN)
+    exact = grouped_forward(layer, x, ids, weights)
+    out = grouped_forward(layer.bfloat16(), x.bfloat16(), ids, weights)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.05)
+
+
 def test_takes_input_that_is_not_contiguous(layer):
     ids, weights = route(2)
     x = torch.randn(HIDDEN, TOKENS).T
