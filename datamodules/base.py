@@ -24,6 +24,7 @@ from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
 
 PAD_MULTIPLE = 64
+CACHE_VERSION = 2  # raised when the same source gives other examples than before
 Row = dict[str, Any]  # id, domain, messages, metadata
 
 
@@ -86,7 +87,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     @property
     def folder(self) -> Path:
-        key = json.dumps([self.source_key(), self.max_length], sort_keys=True)
+        key = json.dumps([CACHE_VERSION, self.source_key(), self.max_length], sort_keys=True)
         return self.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:20]
 
     @override

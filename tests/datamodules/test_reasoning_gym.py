@@ -20,12 +20,29 @@ def test_training_and_held_out_questions_are_disjoint_and_distinct(data):
     assert data.domains == ["arithmetic", "letters"]
 
 
+def test_a_family_in_two_domains_shares_no_question(make_data):
+    module = make_data(train_size=40, heldout_size=40)
+    family = {"gcd": {"min_value": 2, "max_value": 40}}
+    module.families = {"one": family, "two": dict(family)}
+    train, heldout = module.make_rows()
+    questions = [row["messages"][0]["content"] for row in train + heldout]
+    assert len(set(questions)) == len(questions) == 160
+
+
 def test_the_tasks_own_verifier_decides(data):
     for row in [*data.heldout_set, *data.train_set[:10]]:
         assert data.verify(row, row["answer"])
         assert data.verify(row, f" {row['answer']}\n")
         assert not data.verify(row, "no idea")
         assert not data.verify(row, "")
+
+
+def test_a_family_whose_questions_depend_on_its_size_is_verified_on_the_same_ones(tmp_path):
+    module = ReasoningGymDataModule(
+        families={"logic": {"acre": {}}}, train_size=4, heldout_size=4, cache_dir=str(tmp_path)
+    )
+    for row in module.make_rows()[1]:
+        assert module.verify(row, row["messages"][-1]["content"])
 
 
 def test_the_seed_decides_the_questions(make_data):
