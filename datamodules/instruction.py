@@ -11,7 +11,7 @@ from datasets import load_dataset
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
-from upit.sources import load_tokenizer
+from upit.sources import content_key, load_tokenizer, template_text
 
 
 class InstructionDataModule(ConversationDataModule):
@@ -65,21 +65,20 @@ class InstructionDataModule(ConversationDataModule):
         self.prompt_column = prompt_column
         self.response_column = response_column
         self.domain_column = domain_column
-        self.chat_template = chat_template
+        self.chat_template = chat_template and template_text(chat_template)
         self.trust_remote_code = trust_remote_code
 
     @override
     def source_key(self) -> dict[str, Any]:
-        files = [*(self.train_files or []), *(self.heldout_files or [])]
-        template = self.chat_template
-        if template and "{" not in template:
-            template = Path(template).read_text()
         return {
-            "files": {name: _file_digest(Path(name)) for name in files},
-            "dataset": [self.dataset, self.split],
+            "train_files": {name: _file_digest(Path(name), "data.train_files") for name in self.train_files or []},
+            "heldout_files": {
+                name: _file_digest(Path(name), "data.heldout_files") for name in self.heldout_files or []
+            },
+            "dataset": [content_key(self.dataset), self.split],
             "heldout": [self.heldout_files, self.heldout_fraction, self.seed],
             "columns": [self.messages_column, self.prompt_column, self.response_column, self.domain_column],
-            "tokenizer": [self.tokenizer_source, template],
+            "tokenizer": [content_key(self.tokenizer_source), self.chat_template],
         }
 
     @override
@@ -190,7 +189,7 @@ def _check_file(path: Path, field: str) -> None:
         raise ValueError(f"{field}: {path} is empty")
 
 
-def _file_digest(path: Path) -> str:
-    _check_file(path, "data.train_files")
+def _file_digest(path: Path, field: str) -> str:
+    _check_file(path, field)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Instruction data from files: formats, columns, what is cut, held out, cached, and what is refused."""
 
 import json
+import shutil
 import warnings
 
 import pyarrow as pa
@@ -196,6 +197,39 @@ def test_another_fingerprint_is_tokenised_anew(make_instruction, tmp_path, token
     assert len(module.train_set) + len(module.heldout_set) == len(tokenisings)
 
 
+def test_another_tokenizer_or_dataset_of_the_same_name_is_tokenised_anew(
+    make_instruction, tmp_path, tokenizer_dir, tokenisings, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    folder = tmp_path / "my_dataset"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS)
+
+    def module():
+        made = make_instruction(dataset=str(folder))
+        made.tokenizer_source = str(tmp_path / "tokenizer")
+        return ready(made)
+
+    module()
+    module()
+    assert len(tokenisings) == 20
+    write_jsonl(folder / "train.jsonl", ROWS[:15])
+    assert len(module().train_set) == 14
+    assert len(tokenisings) == 35
+    (tmp_path / "tokenizer/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}!{% endfor %}")
+    assert texts(module())[0].endswith("!")
+    assert len(tokenisings) == 50
+
+
+def test_a_changed_template_file_is_tokenised_anew(make_instruction, tmp_path, tokenisings):
+    file, template = as_jsonl(tmp_path), tmp_path / "t.jinja"
+    for mark in "?!":
+        template.write_text("{% for m in messages %}{{ m['content'] }}" + mark + "{% endfor %}")
+        module = ready(make_instruction(train_files=[file], chat_template=str(template)))
+        assert texts(module)[0].endswith(mark)
+
+
 def test_a_crash_while_tokenising_leaves_no_half_cache(make_instruction, tmp_path, monkeypatch):
     import datamodules.base
 
@@ -234,6 +268,14 @@ def test_a_broken_line_is_named_by_file_and_number(make_instruction, tmp_path):
 def test_missing_empty_and_unknown_files_are_named(make_instruction, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.train_files: .*nowhere\.jsonl does not exist"):
         make_instruction(train_files=[str(tmp_path / "nowhere.jsonl")]).prepare_data()
+    with pytest.raises(FileNotFoundError, match=r"data.heldout_files: .*nowhere\.jsonl does not exist"):
+        make_instruction(
+            train_files=[as_jsonl(tmp_path)], heldout_files=[str(tmp_path / "nowhere.jsonl")]
+        ).prepare_data()
+    with pytest.raises(
+        FileNotFoundError, match=r"data.chat_template='nowhere.jinja' is neither Jinja text nor a file"
+    ):
+        make_instruction(train_files=[as_jsonl(tmp_path)], chat_template="nowhere.jinja")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
         make_instruction(train_files=[str(tmp_path / "empty.jsonl")]).prepare_data()

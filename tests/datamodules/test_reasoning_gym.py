@@ -83,6 +83,16 @@ def test_families_that_cannot_work_are_named(tmp_path, families, message):
         ReasoningGymDataModule(families=families, train_size=2000, heldout_size=2, cache_dir=str(tmp_path)).make_rows()
 
 
+def test_a_trained_tokenizer_takes_its_template_from_a_file_too(make_data, tmp_path):
+    template = CHATML.replace("im_start|>", "im_start|> ")
+    (tmp_path / "t.jinja").write_text(template)
+    for given in (template, str(tmp_path / "t.jinja")):
+        module = make_data(chat_template=given, train_size=30)
+        module.prepare_data()
+        module.setup("fit")
+        assert module.tokenizer.chat_template == template
+
+
 @pytest.mark.parametrize("text", ["What is 12 + 345?", "Zählen: ÄÖÜ 中文 🙂\n\ttab", " leading and trailing "])
 def test_a_trained_tokenizer_gives_back_any_text(text):
     tokenizer = train_tokenizer(["What is 12 + 30? Count the letters."] * 3, vocab_size=320, chat_template=None)
