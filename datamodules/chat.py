@@ -17,6 +17,16 @@ CHATML = (
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+def check_messages(messages: Any, where: str) -> None:
+    """Raises: ValueError: not a list of {role, content}, both text."""
+    good = isinstance(messages, list) and all(
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
+    )
+    if not (good and messages):
+        raise ValueError(f"{where}: messages must be a list of {{role, content}}, both text; got {messages!r:.200}")
+
+
 def tokenise(tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Tokens of a conversation and their labels: the token itself in a response, IGNORE elsewhere.
 

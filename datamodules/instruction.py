@@ -11,6 +11,7 @@ from datasets import load_dataset
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
+from datamodules.chat import check_messages
 from upit.sources import content_key, load_tokenizer, template_text
 
 
@@ -116,11 +117,15 @@ class InstructionDataModule(ConversationDataModule):
     def _rows(self, records: Iterable[dict[str, Any]], source: str, domain: str) -> list[Row]:
         rows = []
         for number, record in enumerate(records, 1):
+            if not isinstance(record, dict):
+                raise ValueError(f"{source}: example {number} is no object of columns: {record!r:.200}")
+            messages = self._messages(record, source)
+            check_messages(messages, f"{source}: example {number}")
             rows.append(
                 {
                     "id": f"{source}:{number}",
                     "domain": str(self._column(record, self.domain_column, source)) if self.domain_column else domain,
-                    "messages": self._messages(record, source),
+                    "messages": messages,
                     "metadata": "",
                 }
             )

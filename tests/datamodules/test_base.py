@@ -155,6 +155,9 @@ def test_prompts_that_are_not_there_are_named(make_loaded, tmp_path):
         make_loaded().predict_dataloader()
     with pytest.raises(FileNotFoundError, match=r"data\.predict_file: .*nowhere"):
         make_loaded(predict_file=str(tmp_path / "nowhere.jsonl")).predict_dataloader()
+    unnamed = write_jsonl(tmp_path / "unnamed.jsonl", [{"prompt": "Hi"}, {"question": "Hi"}])
+    with pytest.raises(ValueError, match=r"unnamed\.jsonl: prompt 2"):
+        make_loaded(predict_file=unnamed).predict_dataloader()
     (tmp_path / "broken.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n{\n")
     with pytest.raises(ValueError, match=r"broken\.jsonl:2"):
         make_loaded(predict_file=str(tmp_path / "broken.jsonl")).predict_dataloader()

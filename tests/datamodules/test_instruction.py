@@ -288,6 +288,37 @@ def test_missing_empty_and_unknown_files_are_named(make_instruction, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        "Hi",
+        {"role": "user", "content": "Hi"},
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        ["Hi"],
+    ],
+)
+def test_messages_of_another_shape_are_named(make_instruction, tmp_path, messages):
+    file = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {"messages": messages}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl: example 2: messages must be a list of \{role, content\}"):
+        make_instruction(train_files=[file]).prepare_data()
+
+
+def test_prompts_and_responses_that_are_no_text_are_named(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"q": "2 + 2?", "a": 4}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl: example 1: .*'content': 4"):
+        make_instruction(train_files=[file], prompt_column="q", response_column="a").prepare_data()
+
+
+@pytest.mark.parametrize("content", ['{"train": []}', '["Hi"]', "[[1]]"])
+def test_examples_that_are_no_objects_are_named(make_instruction, tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rows\.json: example 1 is no object of columns"):
+        make_instruction(train_files=[str(tmp_path / "rows.json")]).prepare_data()
+
+
+@pytest.mark.parametrize(
     ("kwargs", "column"),
     [
         ({}, "messages"),
