@@ -32,16 +32,16 @@ def fit(module, data, run):
 
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(make_data, tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=320)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="model_type='gpt2'.*supported.*'llama'"):
+    with pytest.raises(ValueError, match=r"model_type='gpt2'.*supported.*'llama'"):
         fit(DenseModule(model=str(tmp_path / "gpt2")), make_data(), tmp_path)
 
 
 def test_a_dense_model_is_no_moe_and_the_other_way_round(finished, make_data, tmp_path):
-    run, _, module = finished
+    run, _, _ = finished
     from upit.export import export_checkpoint
 
     dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
-    with pytest.raises(ValueError, match="is a 'llama', no MoE; supported: .*'mixtral'"):
+    with pytest.raises(ValueError, match=r"is a 'llama', no MoE; supported: .*'mixtral'"):
         fit(MoEModule(model=str(dense)), make_data(), tmp_path)
     with pytest.raises(ValueError, match="model_type='mixtral'"):
         fit(DenseModule(model=str(run / "export")), make_data(), tmp_path)
@@ -101,3 +101,29 @@ def test_a_resumed_dense_phase_obeys_the_swap_of_its_config(finished, make_data,
     trainer.fit(module, datamodule=make_data(), ckpt_path=tmp_path / "run/checkpoints/step=4.ckpt", weights_only=True)
     assert module.phase == "moe"
     assert module.swap_step == 8
+
+
+@pytest.mark.parametrize(("step", "phase"), [(4, "dense"), (9, "moe")])
+def test_load_from_checkpoint_needs_no_trainer(finished, step, phase):
+    run, _, _ = finished
+    fresh = make_module()
+    module = UpITModule.load_from_checkpoint(
+        run / f"checkpoints/step={step}.ckpt", dense=fresh.dense, moe=fresh.moe, weights_only=True
+    )
+    assert module.phase == phase
+    saved = torch.load(run / f"checkpoints/step={step}.ckpt", weights_only=True)["state_dict"]
+    assert module.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_a_resumed_model_is_set_up_as_a_fresh_one(finished, make_data, tmp_path, step):
+    run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    module = make_module(gradient_checkpointing=True)
+    module.dense.gradient_checkpointing = True
+    trainer = make_trainer(tmp_path / "run", make_callbacks(report=False))
+    checkpoint = tmp_path / f"run/checkpoints/step={step}.ckpt"
+    trainer.fit(module, datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert module.phase == "moe"
+    assert module.lm.is_gradient_checkpointing
