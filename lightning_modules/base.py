@@ -102,7 +102,7 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def configure_model(self) -> None:
-        if self.active.model is not None:
+        if self.active.model is not None or self._trainer is None:  # load_from_checkpoint builds what it finds
             return
         identity = read_identity(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
         if identity is not None:
@@ -264,8 +264,10 @@ class CausalLMModule(L.LightningModule):
         if IDENTITY not in checkpoint:
             raise ValueError("the checkpoint does not say which model it holds: no checkpoint of a upit module")
         self.enter(checkpoint[IDENTITY])
-        if self.active.model is None:  # load_from_checkpoint, outside a trainer
+        if self.active.model is None:
             self.active.model = build(config_of(checkpoint[IDENTITY]))
+            if self._trainer is not None:
+                self.active.finish(self._trainer)
 
 
 def mask_of(batch: Batch) -> Tensor:
