@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from upit.files import read_json, write_json
+from upit.strategy import Strategy
 
 
 class Run:
@@ -89,7 +90,12 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str | int | float | bool]:
-        """The config in one flat table; see :func:`flatten`."""
+        """The config in one flat table, with the choices left to their defaults where ``callbacks.HParams`` was on."""
+        return self._read("settings.json") or self.config
+
+    @property
+    def config(self) -> dict[str, str | int | float | bool]:
+        """``config.yaml`` in one flat table; see :func:`flatten`."""
         file = self.directory / "config.yaml"
         return flatten(yaml.safe_load(file.read_text())) if file.exists() else {}
 
@@ -109,6 +115,18 @@ class Run:
         return read_json(path) if path.exists() else None
 
 
+def choices(key: str, owner: object) -> dict[str, Any]:
+    """The strategies that an object holds, in a flat table under ``key``: its defaults are here by name as well."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(owner).items():
+        if isinstance(value, Strategy):
+            about = value.describe()
+            flat[f"{key}.{name}"] = about.pop("name")
+            for argument, setting in about.items():
+                _flatten_into(flat, f"{key}.{name}.{argument}", setting)
+    return flat
+
+
 TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "devices")
 
 
@@ -123,7 +141,7 @@ def flatten(config: dict[str, Any]) -> dict[str, str | int | float | bool]:
     sections["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
     for callback in trainer.get("callbacks") or []:
         if not callback["class_path"].startswith("lightning."):
-            sections[f"callbacks.{callback['class_path'].rpartition('.')[2]}"] = callback
+            sections[callback["class_path"].rpartition(".")[2].lower()] = callback
     flat: dict[str, Any] = {}
     for key, value in sections.items():
         _flatten_into(flat, key, value, is_section=True)

@@ -66,6 +66,8 @@ def test_hparams_name_every_class_and_argument(events, pictured):
     found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert found["model.moe.num_experts"].number_value == 4
     assert found["model"].string_value == "UpITModule"
+    assert found["upcycling.merge"].string_value == "Dare", "a strategy left to its default"
+    assert found["upcycling.merge.drop_rate"].number_value == 0.2
     config = yaml.safe_load((pictured / "config.yaml").read_text())
     assert set(config["model"]["init_args"]["dense"]["init_args"]) <= {
         name.removeprefix("model.dense.") for name in found if name.startswith("model.dense.")
