@@ -14,7 +14,7 @@ from upit.forward import moe_routers, response_logits
 from upit.metrics import DomainRouting
 from upit.scoring import Autocast, to_device
 
-SHOWN_TOKENS = 80  # of an example in the token view; ours
+SHOWN_TOKENS, SHOWN_DOMAINS = 80, 6  # in the token view: of an example, of all; ours
 
 
 def expert_choices(model: PreTrainedModel) -> list[Tensor]:
@@ -54,13 +54,14 @@ def count_heldout(
 
 @torch.no_grad()
 def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext) -> dict[str, Any]:
-    """First choice of each token of one held-out example a domain, in the first, middle and last layer.
+    """First expert of each token in the first, middle and last layer, for one held-out example of the first domains.
 
     Every rank computes all of it. Returns: ``{"layers": [...], "examples": [{"domain", "tokens", "experts"}]}``, the
     experts one list a layer.
     """
     first = {row["domain"]: i for i, row in reversed(list(enumerate(data.heldout_set)))}
-    batch = _batch(model, data, [first[domain] for domain in data.domains])
+    domains = data.domains[:SHOWN_DOMAINS]
+    batch = _batch(model, data, [first[domain] for domain in domains])
     with autocast():
         response_logits(model, batch)
     choices = expert_choices(model)
@@ -68,7 +69,7 @@ def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext
     width = batch["input_ids"].shape[1]
     chosen = [choices[layer][:, 0].view(-1, width).tolist() for layer in layers]
     examples = []
-    for row, domain in enumerate(data.domains):
+    for row, domain in enumerate(domains):
         ids = data.heldout_set[first[domain]]["input_ids"][:SHOWN_TOKENS]
         examples.append(
             {

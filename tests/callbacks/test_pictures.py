@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -103,6 +104,15 @@ def watchers() -> list:
         PilotPicture(), DiversityPicture(), LineagePicture(), SeedDataPicture(), SwapPicture(), RoutingPicture(),
         CurvesPicture(),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("watcher", watchers(), ids=lambda watcher: type(watcher).__name__)
+def test_nothing_is_done_in_a_training_step(watcher):
+    hooks = [name for name in dir(Callback) if "batch" in name and "train" in name] + ["on_after_backward"]
+    hooks += ["on_before_backward", "on_before_optimizer_step", "on_before_zero_grad"]
+    assert len(hooks) == 6
+    for hook in hooks:
+        assert getattr(type(watcher), hook) is getattr(Callback, hook)
 
 
 def test_watching_changes_no_bit(finished, make_data, tmp_path):

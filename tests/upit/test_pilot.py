@@ -8,7 +8,6 @@ from upit.models import build, scratch_config
 from upit.pilot import distances, score_checkpoints, specialist_gain
 from upit.pool import Pool
 
-
 NAME = "model.layers.0.mlp.down_proj.weight"
 
 

@@ -62,7 +62,7 @@ def lineage_figure(lineage: Sequence[Entry]) -> Figure:
     axes.set_xticks(range(max(depth) + 1))
     axes.set_yticks([])
     axes.set_xlabel("generation")
-    axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9)
+    axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
