@@ -22,6 +22,7 @@ from callbacks import (
     SeedDataPicture,
     SwapPicture,
 )
+from lightning_modules import MoEModule
 from tests.conftest import make_callbacks, make_module, make_trainer
 from upit.artefacts import Run
 from upit.pictures import PICTURES
@@ -121,6 +122,24 @@ def test_watching_changes_no_bit(finished, make_data, tmp_path):
     trainer.fit(module, datamodule=make_data())
     for (name, ours), theirs in zip(module.state_dict().items(), finished[2].state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bf16-true"}, {"fast_dev_run": True}, {"limit_val_batches": 0}], ids=str
+)
+def test_watching_under_other_settings(make_data, tmp_path, settings):
+    module = make_module()
+    trainer = make_trainer(tmp_path, [*watchers(), *make_callbacks(report=False)], max_steps=7, **settings)
+    trainer.fit(module, datamodule=make_data())
+    assert module.phase == "moe"
+    assert Run(tmp_path).swap["step"] == Run(tmp_path).routing[0]["step"]
+
+
+def test_routing_of_a_moe_post_trained_alone(finished, make_data, tmp_path):
+    module = MoEModule(model=str(finished[0] / "export"))
+    trainer = make_trainer(tmp_path, [RoutingPicture()], max_steps=2, val_check_interval=1)
+    trainer.fit(module, datamodule=make_data())
+    assert [snapshot["step"] for snapshot in Run(tmp_path).routing] == [1, 2]
 
 
 def test_validate_counts_routing_but_leaves_the_run_alone(finished, make_data, tmp_path):
