@@ -1,6 +1,7 @@
 """What a run leaves on disk, read when asked for: one place that knows the files by name."""
 
 import csv
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,22 @@ class Run:
 
     @cached_property
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Steps and values of each metric in ``metrics.csv``."""
-        file = self.directory / "metrics.csv"
+        """Steps and values of each metric in ``metrics.csv``.
+
+        A resumed run left what came before in ``metrics-1.csv`` and so on; it goes up to where the next file trains on.
+        """
         curves: dict[str, tuple[list[int], list[float]]] = {}
-        if file.exists():
+        earlier = sorted(self.directory.glob("metrics-*.csv"), key=lambda file: int(file.stem.rpartition("-")[2]))
+        for file in [*earlier, *self.directory.glob("metrics.csv")]:
             with file.open() as stream:
-                for row in csv.DictReader(stream):
-                    for name, value in row.items():
-                        if value and name not in ("step", "epoch"):
-                            steps, values = curves.setdefault(name, ([], []))
-                            steps.append(int(row["step"]))
-                            values.append(float(value))
+                rows = list(csv.DictReader(stream))
+            _cut(curves, before=next((int(row["step"]) for row in rows if row.get("train/loss")), sys.maxsize))
+            for row in rows:
+                for name in row.keys() - {"step", "epoch"}:
+                    if row[name]:
+                        steps, values = curves.setdefault(name, ([], []))
+                        steps.append(int(row["step"]))
+                        values.append(float(row[name]))
         return curves
 
     @cached_property
@@ -113,6 +119,12 @@ class Run:
     def _read(self, file: str) -> Any:
         path = self.directory / file
         return read_json(path) if path.exists() else None
+
+
+def _cut(curves: dict[str, tuple[list[int], list[float]]], *, before: int) -> None:
+    for name, (steps, values) in curves.items():
+        kept = [(step, value) for step, value in zip(steps, values, strict=True) if step < before]
+        curves[name] = ([step for step, _ in kept], [value for _, value in kept])
 
 
 def choices(key: str, owner: object) -> dict[str, Any]:
