@@ -78,7 +78,7 @@ class Run:
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and values of each metric in ``metrics.csv``.
 
-        A resumed run left what came before in ``metrics-1.csv`` and so on; it goes up to where the next file trains on.
+        A resumed run left what came before in ``metrics-1.csv`` and so on; it counts up to where the next trains on.
         """
         curves: dict[str, tuple[list[int], list[float]]] = {}
         earlier = sorted(self.directory.glob("metrics-*.csv"), key=lambda file: int(file.stem.rpartition("-")[2]))
