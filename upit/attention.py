@@ -24,17 +24,18 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def packed_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
+def packed_mask(batch: Batch, dtype: torch.dtype, *, window: int | None = None) -> Tensor:
     """What :func:`packed_attention` takes as the attention mask of a batch.
 
     Args:
         dtype: of queries and keys.
+        window: tokens that a token may see, where the model has a sliding window; takes the dense mask.
     Returns: where FlashAttention can run, int32 (1, 1, 1, S + 1): the ends of the batch's sequences, row after row,
         the first 0; else the dense mask of :func:`upit.examples.block_causal_mask`.
     """
     lengths_S = batch["lengths"]
-    if not (lengths_S.is_cuda and dtype in HALF):
-        return block_causal_mask(batch)
+    if window or not (lengths_S.is_cuda and dtype in HALF):
+        return block_causal_mask(batch, window=window)
     ends_S = lengths_S.cumsum(0, dtype=torch.int32)
     return torch.cat([ends_S.new_zeros(1), ends_S]).view(1, 1, 1, -1)
 

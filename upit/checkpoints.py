@@ -22,7 +22,7 @@ def identity_of(model, *, phase: str, swap_step: int | None) -> dict[str, Any]:
     config.pop("_name_or_path", None)
     return {
         "phase": phase,
-        "num_experts": config.get("num_local_experts"),
+        "num_experts": getattr(model.config, "num_experts", None),
         "top_k": config.get("num_experts_per_tok"),
         "swap_step": swap_step,
         "config": config,

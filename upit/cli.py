@@ -1,4 +1,7 @@
-"""``upit fit | validate | test | predict | export``: the command line. The only part of upit that knows lightning."""
+"""The command line: ``upit fit | validate | test | predict | export | report``.
+
+The only part of upit that knows lightning.
+"""
 
 import argparse
 import itertools
@@ -13,6 +16,7 @@ SUBCOMMANDS = {
     "test": "exact match per domain of a dense or MoE checkpoint",
     "predict": "answer the prompts of a JSONL file",
     "export": "write a checkpoint's model in stock transformers format",
+    "report": "one HTML page about a run, or several side by side",
 }
 RUN_DIR = "UPIT_RUN_DIR"
 
@@ -25,6 +29,8 @@ def main(args: list[str] | None = None) -> None:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
         _export(args[1:])
+    elif command == "report":
+        _report(args[1:])
     else:
         _train(given)
 
@@ -57,6 +63,22 @@ def _export(args: list[str]) -> None:
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         parser.error(str(error))
     print(f"Exported to {output}")
+
+
+def _report(args: list[str]) -> None:
+    parser = argparse.ArgumentParser("upit report", description="Write one self-contained HTML page about runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several are shown side by side")
+    parser.add_argument("--output", required=True, help="HTML file to write; an older one is replaced")
+    options = parser.parse_args(args)
+    from tqdm.auto import tqdm
+
+    from upit.page import write_page
+
+    try:
+        output = write_page(options.runs, options.output, track=lambda tags: tqdm(tags, "Drawing", leave=False))
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    print(f"Wrote {output}")
 
 
 def _train(args: list[str] | None) -> None:

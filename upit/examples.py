@@ -104,13 +104,17 @@ def length_grouped(indices: Sequence[int], lengths: Mapping[int, int] | Sequence
     return batches
 
 
-def block_causal_mask(batch: Batch) -> Tensor:
+def block_causal_mask(batch: Batch, *, window: int | None = None) -> Tensor:
     """Attention mask that keeps attention inside each example.
 
+    Args:
+        window: tokens that a token may see, itself included; None or 0 for all before it.
     Returns: (B, 1, T, T) bool, True where query (dim 2) may see key (dim 3). Padding sees padding, so no
         row of the softmax is empty.
     """
     ids = batch["example_ids"]
     same = ids[:, :, None] == ids[:, None, :]
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    if window:
+        causal = causal.triu(1 - window)
     return (same & causal)[:, None]

@@ -1,6 +1,5 @@
 """Export a model in stock transformers format: weights, tokenizer, chat template and a model card."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from upit.checkpoints import config_of, read_identity, read_weights
-from upit.files import read_json
+from upit.files import check_output, fresh_directory, read_json
 
 
 def export_model(
@@ -28,9 +27,6 @@ def export_model(
         RuntimeError: a weight is missing or unexpected.
     """
     output = Path(output)
-    check_output(output)
-    beside = output.with_name(output.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
@@ -43,19 +39,11 @@ def export_model(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (beside / "README.md").write_text(card)
-    if output.exists():
-        output.rmdir()
-    beside.replace(output)
+    with fresh_directory(output) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "README.md").write_text(card)
     return output
-
-
-def check_output(output: Path) -> None:
-    """Raises: FileExistsError: the directory holds something."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"output={str(output)!r} is not empty; name another directory")
 
 
 def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: str | None = None) -> Path:
@@ -118,7 +106,16 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
 
 def origin(entry: Mapping[str, Any]) -> str:
     """Where an expert of a lineage comes from, in words."""
-    if entry["kind"] == "harvested":
-        return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f})"
-    j, k = entry["parents"]
-    return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, DARE p = {entry['drop_rate']}"
+    kind = entry["kind"]
+    if kind == "merged":
+        j, k = entry["parents"]
+        merge = " ".join(str(value) for value in entry["merge"].values())
+        return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, {merge}"
+    place = f" in {entry['path']}" if "path" in entry else ""
+    if kind == "harvested":
+        return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f}){place}"
+    if kind == "base":
+        return "the model before instruction tuning"
+    if kind == "checkpoint":
+        return f"checkpoint{place}"
+    return " ".join(str(value) for value in entry["source"].values())

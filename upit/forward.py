@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from upit.attention import compute_dtype, packed_mask
 from upit.examples import Batch
+from upit.families import ROUTER
 
 HEAD_TOKENS = 2048
 
@@ -32,7 +33,9 @@ def response_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
         model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=packed_mask(batch, compute_dtype(next(model.parameters()))),
+            attention_mask=packed_mask(
+                batch, compute_dtype(next(model.parameters())), window=getattr(model.config, "sliding_window", None)
+            ),
             use_cache=False,
             logits_to_keep=batch["input_ids"].new_empty(0),  # the head gets nothing to do
         )
@@ -69,7 +72,7 @@ def _head_losses(head: torch.nn.Module, states_LH: Tensor, targets_L: Tensor) ->
 def moe_routers(model: PreTrainedModel) -> list:
     """The router of each MoE layer, in order."""
     body: Any = model.model
-    return [layer.mlp.gate for layer in body.layers]
+    return [layer.get_submodule(ROUTER) for layer in body.layers]
 
 
 def record_routing(model: PreTrainedModel) -> None:

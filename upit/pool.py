@@ -1,25 +1,31 @@
 """The pool of harvested experts on disk: safetensors files and a manifest, each written beside and renamed."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from upit.families import is_expert
 from upit.files import read_json, write_json
+from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 
-Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+ExpertFileError = TensorFileError
 
 
-class ExpertFileError(ValueError):
-    """An expert's file is missing, truncated, changed or of another shape."""
+class Rows:
+    """One tensor on disk, of which only the rows that are indexed are read."""
+
+    def __init__(self, files: TensorFiles, name: str) -> None:
+        self._files = files
+        self._name = name
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        return self._files.read(self._name, index[0])[(slice(None), *index[1:])]
 
 
 @dataclass
@@ -32,40 +38,42 @@ class Expert:
     step: int = 0
     epoch: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
+    rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
+
+    @cached_property
+    def tensors(self) -> TensorFiles:
+        """What the file holds."""
+        return TensorFiles(self.file)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor, in the file's order of names."""
-        with self._open() as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+        """Shape of each expert tensor, in order of names."""
+        return {name: self.tensors[name].shape for name in sorted(self.tensors) if is_expert(name)}
+
+    @property
+    def specs(self) -> Specs:
+        """Dtype and shape of each tensor, as :func:`write_expert` wants them."""
+        return {name: (self.tensors[name].dtype, shape) for name, shape in self.shapes.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, read from disk now."""
-        with self._open() as file:
-            return file.get_tensor(name)
+        return self.tensors.read(name)
 
-    def get_slice(self, name: str):
+    def get_slice(self, name: str) -> Rows:
         """One tensor, of which only the part that is indexed is read."""
-        with self._open() as file:
-            return file.get_slice(name)
+        return Rows(self.tensors, name)
 
     def check(self) -> None:
         """Raises: ExpertFileError: the file is missing, truncated, or its sha256 is another."""
         if not self.file.exists():
             raise ExpertFileError(f"expert file {str(self.file)!r} is missing; harvest again or restore it")
-        with self._open():
-            pass
+        TensorFiles(self.file)
         found = file_sha256(self.file)
         if found != self.sha256:
             raise ExpertFileError(
                 f"expert file {str(self.file)!r} has sha256 {found}, the manifest says {self.sha256}"
             )
-
-    def _open(self):
-        try:
-            return safe_open(self.file, "pt")
-        except (SafetensorError, OSError) as error:
-            raise ExpertFileError(f"expert file {str(self.file)!r} can't be read (truncated?): {error}") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -86,35 +94,28 @@ def write_expert(
     Returns: the file's sha256.
     Raises: ExpertFileError: a tensor differs from its spec, or holds NaN or infinity.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
-    offset = 0
-    for name, (dtype, shape) in specs.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as stream:
-        for part in (len(head).to_bytes(8, "little"), head):
-            stream.write(part)
-            digest.update(part)
-        for (name, tensor), (expected, spec) in zip(tensors, specs.items(), strict=True):
-            if (name, tensor.dtype, tuple(tensor.shape)) != (expected, *spec):
-                raise ExpertFileError(
-                    f"{path}: got {name} {tensor.dtype} {tuple(tensor.shape)}, not {expected} {spec}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise ExpertFileError(f"{path}: tensor {name!r} holds NaN or infinity")
-            content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-            stream.write(content)
-            digest.update(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
+    write_tensors(path, tensors, specs, metadata, digest.update)
     return digest.hexdigest()
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> Specs:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write_once(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> str:
+    """Like :func:`write_expert`, but a file there already under this fingerprint is taken as it is.
+
+    Args:
+        tensors: not touched when the file is there, so give a generator.
+        fingerprint: of all that the tensors depend on, see :func:`upit.files.digest`.
+    Returns: the file's sha256.
+    """
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("fingerprint") == fingerprint:
+                return file_sha256(path)
+    return write_expert(path, tensors, specs, {"fingerprint": fingerprint})
 
 
 class Pool:
@@ -143,22 +144,38 @@ class Pool:
     @property
     def base(self) -> Expert:
         """The model before instruction tuning, where task vectors start."""
-        return self._expert(self.manifest()["base"])
+        return self._expert(self.manifest()["base"], "base")
 
     @property
     def experts(self) -> list[Expert]:
         """Harvested experts, by step."""
         return [self._expert(entry) for entry in self.manifest()["experts"]]
 
-    def set_base(self, tensors: Mapping[str, Tensor]) -> None:
+    def at_step(self, step: int) -> Expert:
+        """The expert of an optimizer step; of step 0, the base."""
+        return next(expert for expert in (self.base, *self.experts) if expert.step == step)
+
+    def set_base(self, tensors: Mapping[str, Tensor], *, rest: Mapping[str, Tensor] | None = None) -> None:
         """Store the base; a new base forgets the experts of an older one."""
-        entry = self._write("base.safetensors", tensors, {"step": 0, "epoch": 0.0})
+        entry = self._write("base", tensors, rest, {"step": 0, "epoch": 0.0})
         write_json(self.manifest_file, {"version": 1, "base": entry, "experts": []})
 
-    def add(self, tensors: Mapping[str, Tensor], *, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Store the experts of a step; one already there is replaced (a resumed run harvests again)."""
+    def add(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        step: int,
+        epoch: float,
+        metrics: Mapping[str, float],
+        rest: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store the experts of a step; one already there is replaced (a resumed run harvests again).
+
+        Args:
+            rest: the model's other parameters, where they are wanted too.
+        """
         manifest = self.manifest()
-        entry = self._write(f"step_{step:07d}.safetensors", tensors, {"step": step, "epoch": epoch})
+        entry = self._write(f"step_{step:07d}", tensors, rest, {"step": step, "epoch": epoch})
         entry |= {"base": manifest["base"]["sha256"], "metrics": dict(metrics)}
         others = [other for other in manifest["experts"] if other["step"] != step]
         manifest["experts"] = sorted([*others, entry], key=lambda other: other["step"])
@@ -178,13 +195,19 @@ class Pool:
                         f"{expert.file}: tensor {name!r} has shape {own.get(name)}, the base has {shapes.get(name)}"
                     )
 
-    def _write(self, file: str, tensors: Mapping[str, Tensor], when: dict[str, Any]) -> dict[str, Any]:
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        sha256 = write_expert(self.directory / file, tensors.items(), specs)
+    def _write(
+        self, name: str, tensors: Mapping[str, Tensor], rest: Mapping[str, Tensor] | None, when: dict[str, Any]
+    ) -> dict[str, Any]:
+        file = f"{name}.safetensors"
+        sha256 = write_expert(self.directory / file, tensors.items(), _specs(tensors))
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        return {"file": file, **when, "sha256": sha256, "dtype": dtype}
+        entry = {"file": file, **when, "sha256": sha256, "dtype": dtype}
+        if rest:
+            entry["rest"] = f"{name}.rest.safetensors"
+            write_expert(self.directory / entry["rest"], rest.items(), _specs(rest))
+        return entry
 
-    def _expert(self, entry: Mapping[str, Any]) -> Expert:
+    def _expert(self, entry: Mapping[str, Any], kind: str = "harvested") -> Expert:
         return Expert(
             file=self.directory / entry["file"],
             sha256=entry["sha256"],
@@ -192,4 +215,6 @@ class Pool:
             step=entry["step"],
             epoch=entry["epoch"],
             metrics=entry.get("metrics", {}),
+            rest=self.directory / entry["rest"] if "rest" in entry else None,
+            origin={"kind": kind, "step": entry["step"], "epoch": entry["epoch"]},
         )

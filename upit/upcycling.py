@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from upit.families import expert_name, is_expert
+from upit.families import FUSED, ROUTER, expert_name, family_of, is_expert, within_layer
 from upit.pool import Expert
 from upit.sharding import local, local_slices
 
 
 @torch.no_grad()
-def upcycle(moe: nn.Module, dense: nn.Module, experts: Sequence[Expert], router_DEH: Tensor) -> None:
+def upcycle(moe: PreTrainedModel, dense: PreTrainedModel, experts: Sequence[Expert], router_DEH: Tensor) -> None:
     """Fill a MoE in place; elementwise, so that every rank fills its own shard and no model is gathered.
 
     Args:
@@ -22,18 +23,18 @@ def upcycle(moe: nn.Module, dense: nn.Module, experts: Sequence[Expert], router_
     Raises: KeyError: a MoE parameter has no source.
     """
     others = {name: param for name, param in dense.named_parameters() if not is_expert(name)}
+    shared_expert = family_of(dense.config).shared_expert(moe.config)
     for name, param in moe.named_parameters():
-        if name in others:
-            local(param).copy_(local(others[name]))
-            continue
-        layer = int(name.split(".")[2])
         target, where = local(param), local_slices(param)
-        if name.endswith("mlp.gate.weight"):
+        layer, part = within_layer(name)
+        if name in others:
+            target.copy_(local(others[name]))
+        elif part == f"{ROUTER}.weight":
             target.copy_(router_DEH[layer][where].to(target.device))
-        elif name.endswith("mlp.experts.gate_up_proj"):
-            _fill_experts(target, where, experts, layer, ("gate_proj", "up_proj"))
-        elif name.endswith("mlp.experts.down_proj"):
-            _fill_experts(target, where, experts, layer, ("down_proj",))
+        elif part in FUSED:
+            _fill_experts(target, where, experts, layer, FUSED[part])
+        elif part in shared_expert:
+            target.zero_()
         else:
             raise KeyError(f"no source for the MoE's parameter {name!r}")
 

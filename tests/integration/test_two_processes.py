@@ -36,9 +36,20 @@ def small_config(run: Path, cache: Path) -> dict:
                 {"class_path": "callbacks.ExpertHarvest", "init_args": {"every_n_steps": 2}},
                 {
                     "class_path": "callbacks.Upcycling",
-                    "init_args": {"at_step": 4, "seed_fraction": 0.1, "router_epochs": 1, "expert_lr": 1e-4},
+                    "init_args": {
+                        "at_step": 4,
+                        "seed_fraction": 0.1,
+                        "router": {
+                            "class_path": "upit.router_init.RoutingVectors",
+                            "init_args": {"epochs": 1, "expert_lr": 1e-4},
+                        },
+                    },
                 },
                 {"class_path": "callbacks.RunReport"},
+                {"class_path": "callbacks.PilotPicture"},
+                {"class_path": "callbacks.DiversityPicture"},
+                {"class_path": "callbacks.SwapPicture"},
+                {"class_path": "callbacks.RoutingPicture"},
             ],
         },
         "model": {
@@ -95,7 +106,10 @@ def test_two_processes_equal_one(tmp_path, cache):
             torch.testing.assert_close(
                 ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name} {m}"
             )
-    for metric in ("train/loss", "moe/load_balancing_loss", "val/loss"):
+    for metric in (
+        "train/loss", "moe/load_balancing_loss", "val/loss", "harvest/specialist_gain_loss", "harvest/from_base",
+        "router/load_entropy", "router/mutual_information", "router/mutual_information_shuffled",
+    ):  # fmt: skip
         ours, theirs = curve(two, metric), curve(one, metric)
         assert len(theirs) == len(ours) > 0
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-4, msg=lambda m, metric=metric: f"{metric} {m}")

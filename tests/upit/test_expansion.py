@@ -7,7 +7,9 @@ import torch
 
 from tests.upit.conftest import expert_tensors, shift
 from upit.expansion import expand
+from upit.merging import Dare
 from upit.pool import Pool
+from upit.selection import Even, Last, MostDiverse
 
 
 def run(pool: Pool, output, num_experts: int, **settings):
@@ -72,7 +74,7 @@ def test_each_round_takes_the_most_dissimilar_pair_that_has_no_child(pool, tmp_p
 
 
 def test_a_child_is_alpha_and_beta_of_its_parents_where_nothing_is_dropped(pool, tmp_path):
-    expansion = run(pool, tmp_path / "out", 5, drop_rate=0.0)
+    expansion = run(pool, tmp_path / "out", 5, merge=Dare(0.0))
     birth = expansion.lineage[-1]
     assert birth["alpha"] + birth["beta"] == 1.0
     assert 0 < birth["alpha"] < 1
@@ -84,7 +86,7 @@ def test_a_child_is_alpha_and_beta_of_its_parents_where_nothing_is_dropped(pool,
 
 def test_mutation_drops_and_rescales_each_parent_by_itself(pool, tmp_path):
     drop_rate = 0.4
-    expansion = run(pool, tmp_path / "out", 5, drop_rate=drop_rate)
+    expansion = run(pool, tmp_path / "out", 5, merge=Dare(drop_rate))
     birth, base = expansion.lineage[-1], pool.base
     parents = [flat(expansion.experts[parent], base) for parent in birth["parents"]]
     terms = [w * p / (1 - drop_rate) for w, p in zip((birth["alpha"], birth["beta"]), parents, strict=True)]
@@ -121,7 +123,7 @@ def test_finished_merges_are_taken_as_they_are(pool, tmp_path):
     torch.testing.assert_close(torch.tensor(second.similarity), torch.tensor(first.similarity))
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"drop_rate": 0.5}])
+@pytest.mark.parametrize("change", [{"seed": 5}, {"merge": Dare(0.5)}])
 def test_merges_of_other_settings_are_made_anew(pool, tmp_path, change):
     run(pool, tmp_path / "out", 5)
     changed = run(pool, tmp_path / "out", 5, **change)
@@ -151,9 +153,9 @@ def test_a_merge_that_crashed_half_way_is_made_anew(pool, tmp_path):
     assert same(content(run(pool, tmp_path / "out", 5)), content(run(pool, tmp_path / "fresh", 5)))
 
 
-@pytest.mark.parametrize(("policy", "steps"), [("even", [2, 4]), ("last", [3, 4]), ("most_diverse", [1, 4])])
-def test_fewer_experts_than_checkpoints_are_chosen_by_policy(pool, tmp_path, policy, steps):
-    expansion = run(pool, tmp_path / "out", 2, policy=policy)
+@pytest.mark.parametrize(("selection", "steps"), [(Even(), [2, 4]), (Last(), [3, 4]), (MostDiverse(), [1, 4])])
+def test_fewer_experts_than_checkpoints_are_chosen_by_policy(pool, tmp_path, selection, steps):
+    expansion = run(pool, tmp_path / "out", 2, selection=selection)
     assert [entry["step"] for entry in expansion.lineage] == steps
     assert [entry["expert"] for entry in expansion.lineage] == [0, 1]
     expected = similarity(expansion.experts, pool.base)
@@ -181,17 +183,15 @@ def test_two_checkpoints_give_any_number(dense, make_pool, tmp_path):
     json.dumps(expansion.lineage)
 
 
-@pytest.mark.parametrize(
-    ("num_experts", "settings", "message"),
-    [
-        (0, {}, "num_experts=0"),
-        (5, {"drop_rate": 1.0}, "drop_rate=1.0"),
-        (5, {"drop_rate": -0.1}, "drop_rate=-0.1"),
-    ],
-)
-def test_impossible_settings_are_refused(pool, tmp_path, num_experts, settings, message):
-    with pytest.raises(ValueError, match=message):
-        run(pool, tmp_path / "out", num_experts, **settings)
+def test_no_experts_are_refused(pool, tmp_path):
+    with pytest.raises(ValueError, match="num_experts=0"):
+        run(pool, tmp_path / "out", 0)
+
+
+@pytest.mark.parametrize("drop_rate", [1.0, -0.1])
+def test_impossible_drop_rates_are_refused(drop_rate):
+    with pytest.raises(ValueError, match=f"drop_rate={drop_rate}"):
+        Dare(drop_rate)
 
 
 def test_one_checkpoint_cannot_be_merged(dense, make_pool, tmp_path):

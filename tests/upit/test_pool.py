@@ -27,7 +27,7 @@ def test_comes_back_as_stored(pool, dense):
         assert expert.shapes == {name: tuple(t.shape) for name, t in stored.items()}
         for name, tensor in stored.items():
             assert torch.equal(expert.read(name), tensor)
-            assert torch.equal(expert.get_slice(name)[2:5], tensor[2:5])
+            assert torch.equal(expert.get_slice(name)[2:5,], tensor[2:5])
 
 
 def test_the_manifest_says_what_others_read(pool):

@@ -11,7 +11,8 @@ from upit import scoring
 from upit.examples import IGNORE, collate
 from upit.forward import response_logits
 from upit.pool import Expert, Pool
-from upit.scoring import load_expert, score_examples, score_seeds
+from upit.scoring import SeedScorer, load_expert, score_examples
+from upit.seed_data import LowestPerplexity
 
 DATA = make_data(12)
 SEEDS = [1, 4, 6, 7, 10, 11]
@@ -41,8 +42,8 @@ def passes(monkeypatch):
     return seen
 
 
-def run(dense, experts, file, *, indices=SEEDS, capacity_factor=1.0):
-    return score_seeds(dense, experts, indices, DATA, capacity_factor=capacity_factor, file=file)
+def run(dense, experts, file, *, indices=SEEDS):
+    return SeedScorer(dense, indices, DATA, file=file).assign(experts, LowestPerplexity())
 
 
 def loss_alone(model, index: int) -> tuple[float, int]:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.upit.conftest import expert_tensors, make_data
-from upit import router_init
 from upit.examples import PADDING, collate
 from upit.forward import ffn_inputs_of, response_logits
-from upit.router_init import RouterSettings, initialise_router, optimise_routing_vectors
-from upit.scoring import score_seeds
+from upit.router_init import Random, RoutingVectors, optimise_routing_vectors, routing_vectors
+from upit.scoring import SeedScorer, load_expert
+from upit.seed_data import LowestPerplexity
 
 DATA = make_data(12)
 BUCKET = [0, 2, 3, 5, 8]
@@ -94,7 +94,7 @@ def test_padding_does_not_count(dense):
 def setting(dense, make_pool, tmp_path):
     experts = make_pool(dense, 3).experts
     indices = list(range(12))
-    seeds = score_seeds(dense, experts, indices, DATA, capacity_factor=1.0, file=tmp_path / "seeds.json")
+    seeds = SeedScorer(dense, indices, DATA, file=tmp_path / "seeds.json").assign(experts, LowestPerplexity())
     return dense, experts, seeds
 
 
@@ -102,19 +102,17 @@ def setting(dense, make_pool, tmp_path):
 def trainings(monkeypatch):
     """Counts pre-optimisations."""
     seen = []
-    original = router_init.optimise_routing_vectors
-    monkeypatch.setattr(router_init, "optimise_routing_vectors", lambda *a, **k: seen.append(1) or original(*a, **k))
+    original = routing_vectors.optimise_routing_vectors
+    monkeypatch.setattr(
+        routing_vectors, "optimise_routing_vectors", lambda *a, **k: seen.append(1) or original(*a, **k)
+    )
     return seen
 
 
-def settings(**changes) -> RouterSettings:
-    defaults = {"method": "upit", "alpha": 0.5, "epochs": 2, "lr": 1e-2, "expert_lr": None, "batch_size": 4, "seed": 0}
-    return RouterSettings(**{**defaults, **changes})
-
-
-def initialise(setting, directory, **changes):
+def initialise(setting, directory, *, seed=0, **changes):
     dense, experts, seeds = setting
-    return initialise_router(dense, experts, seeds, DATA, settings=settings(**changes), directory=directory)
+    vectors = RoutingVectors(**{"epochs": 2, "lr": 1e-2, "batch_size": 4, **changes})
+    return vectors(dense, experts, seeds, DATA, directory=directory, seed=seed)
 
 
 def test_every_row_of_the_router_prefers_its_own_bucket(setting, tmp_path):
@@ -122,16 +120,19 @@ def test_every_row_of_the_router_prefers_its_own_bucket(setting, tmp_path):
     experts, router_DEH = initialise(setting, tmp_path / "router", epochs=40)
     assert router_DEH.shape == (2, 3, 32)
     for e, expert in enumerate(experts):
-        router_init.load_expert(dense, expert)
+        load_expert(dense, expert)
         assert attraction(dense, router_DEH[:, e], seeds.bucket(e)) > 0.8
 
 
 def test_a_random_router_trains_nothing_and_is_seeded(setting, tmp_path, trainings):
-    experts, one = initialise(setting, tmp_path / "router", method="random")
+    def initialise(seed):
+        return Random()(*setting, DATA, directory=tmp_path / "router", seed=seed)
+
+    experts, one = initialise(0)
     assert experts == setting[1]
     assert not trainings
-    assert torch.equal(one, initialise(setting, tmp_path / "router", method="random")[1])
-    assert not torch.equal(one, initialise(setting, tmp_path / "router", method="random", seed=1)[1])
+    assert torch.equal(one, initialise(0)[1])
+    assert not torch.equal(one, initialise(1)[1])
     assert float(one.std()) == pytest.approx(setting[0].config.initializer_range, rel=0.2)
 
 
@@ -160,7 +161,7 @@ def test_vectors_of_other_settings_are_made_anew(setting, tmp_path, trainings, c
 
 
 def test_a_crash_keeps_the_vectors_finished_before_it(setting, tmp_path, monkeypatch, trainings):
-    original = router_init.optimise_routing_vectors
+    original = routing_vectors.optimise_routing_vectors
 
     def crash(*args, **kwargs):
         if len(trainings) == 2:
@@ -168,7 +169,7 @@ def test_a_crash_keeps_the_vectors_finished_before_it(setting, tmp_path, monkeyp
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(router_init, "optimise_routing_vectors", crash)
+        patch.setattr(routing_vectors, "optimise_routing_vectors", crash)
         with pytest.raises(KeyboardInterrupt):
             initialise(setting, tmp_path / "router")
     resumed = initialise(setting, tmp_path / "router")

@@ -1,0 +1,198 @@
+"""Upcycling on files: identical to an independent construction, stock-loadable, and clear about what does not fit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.upit.tiny import dense_model, expert_of
+from upit.conversion import Conversion, Estimate, expert_sources
+from upit.families import FAMILIES, moe_config
+from upit.files import write_json
+from upit.tensor_files import INDEX, TensorFiles
+
+ROUTER_DEH = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(9))
+
+
+def save(family, directory, seed=0, dtype=torch.float32, **fields):
+    dense_model(family, seed, **fields).to(dtype).save_pretrained(directory, max_shard_size="40KB")
+    return directory
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return [save("llama", tmp_path / str(seed), seed) for seed in range(3)]
+
+
+def independent(paths, router_DEH, dtype=torch.float32):
+    """The MoE built from whole models, by transformers' own names."""
+    dense = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in paths]
+    moe = AutoModelForCausalLM.from_config(moe_config(dense[0].config, num_experts=len(paths), top_k=2), dtype=dtype)
+    state = moe.state_dict()
+    for name, tensor in dense[0].state_dict().items():
+        if ".mlp." not in name:
+            state[name] = tensor
+    for i in range(2):
+        ffn = [model.model.layers[i].mlp for model in dense]
+        gate_up = [torch.cat([f.gate_proj.weight, f.up_proj.weight]) for f in ffn]
+        state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.stack(gate_up)
+        state[f"model.layers.{i}.mlp.experts.down_proj"] = torch.stack([f.down_proj.weight for f in ffn])
+        state[f"model.layers.{i}.mlp.gate.weight"] = router_DEH[i].to(dtype)
+        for name in state:
+            if f"layers.{i}.mlp.shared_expert" in name:
+                state[name] = torch.zeros_like(state[name])
+    moe.load_state_dict(state)
+    return moe
+
+
+def files_of(directory):
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_identical_to_an_independent_construction(family, tmp_path):
+    paths = [save(family, tmp_path / str(seed), seed) for seed in range(3)]
+    Conversion(paths[0], paths).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
+    expected = independent(paths, ROUTER_DEH)
+    expected.save_pretrained(tmp_path / "expected")
+    ours, theirs = files_of(tmp_path / "moe"), files_of(tmp_path / "expected")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("moe", "expected")]
+    assert configs[0] == configs[1]
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(stock.eval()(ids).logits, expected.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_output_is_sharded_as_asked(sources, tmp_path):
+    Conversion(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
+    index = json.loads((tmp_path / "moe" / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / "moe" / file).values()) for file in files]
+    assert max(sizes) <= 50_000
+    assert sum(sizes) == index["metadata"]["total_size"]
+    Conversion(sources[0], sources).write(ROUTER_DEH, tmp_path / "whole")
+    assert not (tmp_path / "whole" / INDEX).exists()
+    assert files_of(tmp_path / "whole").keys() == index["weight_map"].keys()
+
+
+def test_brings_tokenizer_generation_config_and_card(sources, data, tmp_path):
+    data.tokenizer.save_pretrained(sources[0])
+    Conversion(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe")
+    assert AutoTokenizer.from_pretrained(tmp_path / "moe").get_vocab() == data.tokenizer.get_vocab()
+    assert json.loads((tmp_path / "moe/generation_config.json").read_text())["eos_token_id"] == 2
+    assert str(sources[2]) in (tmp_path / "moe/README.md").read_text()
+
+
+def test_experts_from_a_pool(sources, tmp_path):
+    pool = tmp_path / "pool"
+    entries = []
+    for seed in range(3):
+        expert = expert_of(dense_model("llama", seed), pool / f"{seed}.safetensors")
+        entries.append(
+            {"file": expert.file.name, "sha256": expert.sha256, "dtype": "float32", "step": seed, "epoch": 0}
+        )
+    write_json(pool / "manifest.json", {"version": 1, "base": entries[0], "experts": entries})
+    for name, paths in (("a", [pool]), ("b", sources)):
+        Conversion(sources[0], expert_sources(paths)).write(ROUTER_DEH, tmp_path / name)
+    ours, theirs = files_of(tmp_path / "a"), files_of(tmp_path / "b")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(FileNotFoundError, match="neither a pool"):
+        expert_sources([tmp_path / "nothing"])
+
+
+def test_converts_the_dtype(sources, tmp_path):
+    Conversion(sources[0], sources, dtype=torch.bfloat16).write(ROUTER_DEH, tmp_path / "moe")
+    expected = independent(sources, ROUTER_DEH).to(torch.bfloat16)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert stock.dtype == torch.bfloat16
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(stock.parameters(), expected.parameters(), strict=True)
+    )
+
+
+def test_an_output_is_replaced_only_when_asked_and_complete(sources, tmp_path):
+    output = tmp_path / "moe"
+    conversion = Conversion(sources[0], sources)
+    conversion.write(ROUTER_DEH, output)
+    before = files_of(output)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        conversion.write(ROUTER_DEH, output)
+
+    def broken(names):
+        yield from list(names)[:9]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversion.write(ROUTER_DEH + 1, output, overwrite=True, track=broken)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in files_of(output).items())
+    conversion.write(ROUTER_DEH + 1, output, overwrite=True)
+    assert not torch.equal(files_of(output)["model.layers.0.block_sparse_moe.gate.weight"], ROUTER_DEH[0])
+
+
+def test_estimate_and_room(sources, tmp_path):
+    conversion = Conversion(sources[0], sources)
+    estimate = conversion.estimate(ROUTER_DEH)
+    conversion.write(ROUTER_DEH, tmp_path / "moe")
+    assert estimate.disk == sum(tensor.nbytes for tensor in files_of(tmp_path / "moe").values())
+    assert estimate.memory == 64 * 32 * 8
+    conversion.check_room(estimate, tmp_path / "new" / "moe")
+    with pytest.raises(ValueError, match=r"needs 1000000000.00 GB of memory"):
+        conversion.check_room(Estimate(10**18, 0), tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"needs 1000000000.00 GB of disk at"):
+        conversion.check_room(Estimate(0, 10**18), tmp_path / "moe")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("qwen3", {}, r"odd/config\.json: model_type='qwen3', the base has 'llama'"),
+        ("llama", {"vocab_size": 65}, r"odd/config\.json: vocab_size=65, the base has 64"),
+        (
+            "llama",
+            {"intermediate_size": 40},
+            r"odd/.*: tensor 'model.layers.0.mlp.gate_proj.weight' has shape \(40, 32\)",
+        ),
+        ("llama", {"num_hidden_layers": 1}, r"odd: tensor 'model.layers.1.mlp.gate_proj.weight' is missing"),
+        ("llama", {"dtype": torch.bfloat16}, r"odd/.*: tensor .*gate_proj.weight' has dtype torch.bfloat16"),
+    ],
+)
+def test_names_the_file_and_the_tensor_that_do_not_fit(sources, tmp_path, family, fields, message):
+    dtype = fields.pop("dtype", torch.float32)
+    odd = save(family, tmp_path / "odd", dtype=dtype, **fields)
+    with pytest.raises(ValueError, match=message):
+        Conversion(sources[0], [*sources, odd])
+
+
+def test_another_vocabulary_is_refused(sources, data, tmp_path):
+    for path in sources:
+        data.tokenizer.save_pretrained(path)
+    content = json.loads((sources[1] / "tokenizer.json").read_text())
+    (sources[1] / "tokenizer.json").write_text(json.dumps(content, indent=1))
+    Conversion(sources[0], sources)
+    word = next(iter(content["model"]["vocab"]))
+    content["model"]["vocab"][word + "x"] = content["model"]["vocab"].pop(word)
+    (sources[1] / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"1/tokenizer.json: its vocabulary is not that of the base"):
+        Conversion(sources[0], sources)
+
+
+def test_a_broken_number_is_found_and_nothing_is_left(sources, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(sources[1], broken)
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = TensorFiles(broken)[name].file
+    tensors = load_file(file)
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"{file.name}: tensor '{name}' holds NaN or infinity"):
+        Conversion(sources[0], [sources[0], broken, sources[2]]).write(ROUTER_DEH, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()

@@ -1,0 +1,80 @@
+"""Tensor files: as the safetensors library has them, and what is wrong with a file is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from upit.tensor_files import INDEX, TensorFileError, TensorFiles, check_finite, write_tensors
+
+TENSORS = {
+    "a": torch.arange(12, dtype=torch.float32).view(4, 3),
+    "b": torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
+    "scalar": torch.tensor(3.0, dtype=torch.float16),
+}
+
+
+def specs(tensors):
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    files = TensorFiles(tmp_path / "x.safetensors")
+    assert {name: (entry.dtype, entry.shape) for name, entry in files.items()} == specs(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(files.read(name), tensor)
+    assert torch.equal(files.read("b", slice(1, 4)), TENSORS["b"][1:4])
+    assert files.read("b", slice(2, 2)).shape == (0, 2, 3)
+
+
+def test_the_library_reads_what_is_written(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", TENSORS.items(), specs(TENSORS), {"format": "pt"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_shards_are_one(tmp_path):
+    for name, tensor in TENSORS.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    weight_map = {name: f"{name}.safetensors" for name in TENSORS}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    files = TensorFiles(tmp_path)
+    assert all(torch.equal(files.read(name), tensor) for name, tensor in TENSORS.items())
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(TensorFileError, match=r"b\.safetensors"):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_finds_one_broken_number_anywhere(tmp_path, dtype, value):
+    for position in (0, 1, 500, 1000):
+        tensor = torch.randn(1001).to(dtype)
+        check_finite(tensor, "x", tmp_path)
+        tensor[position] = value
+        save_file({"x": tensor}, tmp_path / "x.safetensors")
+        with pytest.raises(TensorFileError, match=r"x\.safetensors: tensor 'x' holds NaN or infinity"):
+            TensorFiles(tmp_path / "x.safetensors").read("x")
+        with pytest.raises(TensorFileError, match="holds NaN or infinity"):
+            write_tensors(tmp_path / "y.safetensors", [("x", tensor)], {"x": (dtype, (1001,))})
+        assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_names_a_truncated_file(tmp_path, keep):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(content[:keep])
+    with pytest.raises(TensorFileError, match=r"x\.safetensors"):
+        TensorFiles(tmp_path / "x.safetensors")
+
+
+def test_names_what_it_cannot_read(tmp_path):
+    with pytest.raises(TensorFileError, match="pickled weights are not read"):
+        TensorFiles(tmp_path)
+    save_file({"x": torch.arange(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(TensorFileError, match="tensor 'x' has dtype I64"):
+        TensorFiles(tmp_path / "x.safetensors")

@@ -1,0 +1,216 @@
+"""Model upcycling on files: dense checkpoints in, a MoE checkpoint of stock transformers out, tensor by tensor.
+
+A MoE's file keeps its experts apart, so each tensor of the output is one tensor of the input under another name, or a
+router. Memory stays near one tensor, whatever the model. ``D`` layers, ``E`` experts, ``H`` hidden.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
+from upit.files import fresh_directory
+from upit.pool import Pool
+from upit.tensor_files import SHARD_BYTES, TensorFileError, TensorFiles, write_checkpoint
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_LEFT_OUT = "rotary_emb.inv_freq"  # buffers that old checkpoints hold and no model reads
+
+Read = Callable[[], Tensor]
+Track = Callable[[Iterable[str]], Iterable[str]]
+
+
+class Estimate(NamedTuple):
+    """Bytes that a conversion takes."""
+
+    memory: int  # beyond what the process holds already
+    disk: int
+
+    def __str__(self) -> str:
+        return f"{self.memory / 1e6:.0f} MB of memory, {self.disk / 1e9:.2f} GB on disk"
+
+
+def expert_sources(experts: Sequence[Path]) -> list[Path]:
+    """One path an expert: checkpoint directories as they are, a harvested pool as the files of its experts.
+
+    Raises: FileNotFoundError: a path is neither.
+    """
+    sources: list[Path] = []
+    for path in experts:
+        if (path / "manifest.json").exists():
+            sources += [expert.file for expert in Pool.load(path).experts]
+        elif (path / "config.json").exists():
+            sources.append(path)
+        else:
+            raise FileNotFoundError(
+                f"experts: {str(path)!r} is neither a pool (manifest.json) nor a checkpoint directory"
+            )
+    return sources
+
+
+class Conversion:
+    """A dense base and E experts on disk, checked against one another and ready to be written as a MoE.
+
+    Args:
+        base: checkpoint directory; gives config, tokenizer and every tensor that is no expert's.
+        experts: one path an expert, see :func:`expert_sources`.
+        top_k: experts a token.
+        dtype: of the output; default the base's.
+    Raises: ValueError: unsupported architecture; top_k out of range; or, naming file and tensor, an expert's
+        architecture, vocabulary, shapes or dtype are not the base's, or a file is broken.
+    """
+
+    def __init__(
+        self, base: Path, experts: Sequence[Path], *, top_k: int = 2, dtype: torch.dtype | None = None
+    ) -> None:
+        self.directory = base
+        self.dense: PretrainedConfig = AutoConfig.from_pretrained(base)
+        self.family: Family = family_of(self.dense)
+        self.config = moe_config(self.dense, num_experts=len(experts), top_k=top_k)
+        self.base = TensorFiles(base)
+        self.sources = list(experts)
+        self.experts = [TensorFiles(path) for path in experts]
+        self.dtype = dtype or self.base[self._ffn_names[0]].dtype
+        for path, files in zip(experts, self.experts, strict=True):
+            self._check_vocabulary(path)
+            for name in self._ffn_names:
+                self._check_tensor(path, files, name, any_dtype=dtype is not None)
+        self.config.dtype = self.dtype
+        self.config.architectures = [type(self.config).__name__.replace("Config", "ForCausalLM")]
+
+    @property
+    def _ffn_names(self) -> list[str]:
+        return [expert_name(layer, part) for layer in range(self.dense.num_hidden_layers) for part in FFN]
+
+    def _check_tensor(self, path: Path, files: TensorFiles, name: str, *, any_dtype: bool) -> None:
+        if name not in self.base or name not in files:
+            lacking = path if name in self.base else self.directory
+            raise TensorFileError(
+                f"{lacking}: tensor {name!r} is missing; the experts' architecture must be the base's"
+            )
+        ours, theirs = self.base[name], files[name]
+        if theirs.shape != ours.shape:
+            raise TensorFileError(f"{theirs.file}: tensor {name!r} has shape {theirs.shape}, the base {ours.shape}")
+        if theirs.dtype != ours.dtype and not any_dtype:
+            raise TensorFileError(
+                f"{theirs.file}: tensor {name!r} has dtype {theirs.dtype}, the base {ours.dtype}; set dtype to convert"
+            )
+
+    def _check_vocabulary(self, path: Path) -> None:
+        """Checkpoints must be of the base's architecture and speak its language; a pool's files are of one run."""
+        if not path.is_dir():
+            return
+        own = AutoConfig.from_pretrained(path)
+        for field in ("model_type", "vocab_size", "hidden_act"):
+            theirs, ours = getattr(own, field), getattr(self.dense, field)
+            if theirs != ours:
+                raise ValueError(f"{path / 'config.json'}: {field}={theirs!r}, the base has {ours!r}")
+        ours, theirs = (_vocabulary(directory / "tokenizer.json") for directory in (self.directory, path))
+        if ours and theirs and ours != theirs:
+            raise ValueError(
+                f"{path / 'tokenizer.json'}: its vocabulary is not that of the base {str(self.directory)!r}"
+            )
+
+    # --- what is written -----------------------------------------------------------------------------
+
+    def plan(self, router_DEH: Tensor) -> dict[str, tuple[tuple[int, ...], Read]]:
+        """Shape of every tensor of the output in the order of the file, and how to get it."""
+        plan: dict[str, tuple[tuple[int, ...], Read]] = {}
+        tied = {"lm_head.weight"} if self.dense.tie_word_embeddings else set()
+        for name, entry in self.base.items():
+            if not (is_expert(name) or name in tied or name.endswith(_LEFT_OUT)):
+                plan[name] = entry.shape, partial(self.base.read, name)
+        for layer, router_EH in enumerate(router_DEH):
+            plan[self.family.router_in_file(layer)] = tuple(router_EH.shape), router_EH.clone
+            for e, files in enumerate(self.experts):
+                for part in FFN:
+                    name = expert_name(layer, part)
+                    plan[self.family.expert_in_file(layer, e, part)] = self.base[name].shape, partial(files.read, name)
+            for part, shape in self.family.shared_expert(self.config).items():
+                plan[f"model.layers.{layer}.{part}"] = shape, partial(torch.zeros, shape)
+        return plan
+
+    def estimate(self, router_DEH: Tensor) -> Estimate:
+        """What :meth:`write` will take: the largest tensor, as read and as written, and the output's bytes."""
+        sizes = [torch.Size(shape).numel() for shape, _ in self.plan(router_DEH).values()]
+        return Estimate(max(sizes) * (4 + self.dtype.itemsize), sum(sizes) * self.dtype.itemsize)
+
+    def check_room(self, estimate: Estimate, output: Path) -> None:
+        """Raises: ValueError: memory or disk can't hold what the estimate says."""
+        exists = next(path for path in output.absolute().parents if path.exists())
+        for what, needed, free in (
+            ("memory", estimate.memory, psutil.virtual_memory().available),
+            (f"disk at {str(exists)!r}", estimate.disk, shutil.disk_usage(exists).free),
+        ):
+            if needed > free:
+                raise ValueError(f"the conversion needs {needed / 1e9:.2f} GB of {what}, {free / 1e9:.2f} GB are free")
+
+    def write(
+        self,
+        router_DEH: Tensor,
+        output: Path,
+        *,
+        max_shard_bytes: int = SHARD_BYTES,
+        overwrite: bool = False,
+        track: Track = lambda names: names,
+    ) -> Path:
+        """Write the MoE: weights, config, generation config, tokenizer and model card.
+
+        Args:
+            router_DEH: the routers' weights.
+            output: a directory; appears only when complete.
+            max_shard_bytes: of a weight file.
+            overwrite: replace what is there.
+            track: wraps the tensors' names, for a progress bar.
+        Raises:
+            FileExistsError: the output is not empty.
+            TensorFileError: a tensor read holds NaN or infinity.
+        """
+        plan = self.plan(router_DEH)
+        specs = {name: (self.dtype, shape) for name, (shape, _) in plan.items()}
+        tensors = ((name, plan[name][1]().to(self.dtype)) for name in track(plan))
+        with fresh_directory(output, overwrite=overwrite) as directory:
+            write_checkpoint(directory, tensors, specs, max_shard_bytes=max_shard_bytes)
+            self.config.save_pretrained(directory)
+            for file in ("generation_config.json", *TOKENIZER):
+                if (self.directory / file).exists():
+                    shutil.copy(self.directory / file, directory / file)
+            (directory / "README.md").write_text(self._card(output.name))
+        return output
+
+    def _card(self, name: str) -> str:
+        rows = "\n".join(f"| {e} | {path} |" for e, path in enumerate(self.sources))
+        return (
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- upit\n- moe\n---\n\n"
+            f"# {name}\n\nA {self.config.model_type} causal language model ({len(self.experts)} experts, "
+            f"top-{self.config.num_experts_per_tok}), upcycled with upit from dense checkpoints "
+            "([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n\n"
+            f"## Experts\n\nAll other weights: {self.directory}\n\n| expert | source |\n|---|---|\n{rows}\n"
+        )
+
+
+def _vocabulary(file: Path) -> Mapping[str, int] | None:
+    """Tokens and their ids, where there is a tokenizer.json that says so."""
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    vocabulary = content["model"].get("vocab", {})
+    return {**vocabulary, **added} if isinstance(vocabulary, dict) else None

@@ -1,0 +1,77 @@
+"""What a family says: the MoE config of a dense one, and where the MoE keeps its router, experts and shared expert."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+FFN = ("gate_proj", "up_proj", "down_proj")
+
+# Means the same in every dense and MoE config; a family may lack some.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "rope_parameters",
+)
+
+
+class Family(ABC):
+    """A dense architecture of stock transformers and the MoE architecture that expresses it exactly.
+
+    In memory every MoE family fuses its experts alike (``mlp.gate``, ``mlp.experts.gate_up_proj``,
+    ``mlp.experts.down_proj``); the class attributes say what differs.
+    """
+
+    dense_type: ClassVar[str]
+    moe_type: ClassVar[str]
+    refused: ClassVar[tuple[str, ...]] = ()  # options of the dense config that the MoE lacks
+    reason: ClassVar[str] = ""
+    block_in_file: ClassVar[str] = "mlp"  # the MoE layer's name in checkpoint files
+    ffn_in_file: ClassVar[tuple[str, str, str]] = FFN  # names of an expert's gate, up and down projections there
+
+    def moe_config(self, dense: PretrainedConfig, *, num_experts: int, top_k: int) -> PretrainedConfig:
+        """Config of the MoE, each expert the size of the dense FFN.
+
+        Raises: ValueError: the dense config has an option that the MoE can't express.
+        """
+        for field in self.refused:
+            if getattr(dense, field, None):
+                raise ValueError(
+                    f"{field}={getattr(dense, field)!r}: {self.reason}, so this {self.dense_type} can't be upcycled"
+                )
+        shared = {field: getattr(dense, field) for field in _SHARED if hasattr(dense, field)}
+        return self._moe_config(dense, shared, num_experts=num_experts, top_k=top_k)
+
+    @abstractmethod
+    def _moe_config(
+        self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
+    ) -> PretrainedConfig:
+        """The MoE's config class, from the fields both sides share."""
+
+    def shared_expert(self, moe: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+        """Name within a layer and shape of every weight of the shared expert; all of them become zero."""
+        return {}
+
+    def router_in_file(self, layer: int) -> str:
+        """Name of a router's weight in checkpoint files."""
+        return f"model.layers.{layer}.{self.block_in_file}.gate.weight"
+
+    def expert_in_file(self, layer: int, expert: int, projection: str) -> str:
+        """Name of one expert's weight in checkpoint files, which keep the experts apart."""
+        own = self.ffn_in_file[FFN.index(projection)]
+        return f"model.layers.{layer}.{self.block_in_file}.experts.{expert}.{own}.weight"

@@ -1,0 +1,30 @@
+"""Mistral and Llama to Mixtral."""
+
+from typing import Any
+
+from transformers import MixtralConfig, PretrainedConfig
+
+from upit.families.base import Family
+
+
+class Mistral(Family):
+    """Mistral to Mixtral, whose attention is the same, its sliding window over all layers included."""
+
+    dense_type = "mistral"
+    moe_type = "mixtral"
+    block_in_file = "block_sparse_moe"
+    ffn_in_file = ("w1", "w3", "w2")
+
+    def _moe_config(
+        self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
+    ) -> MixtralConfig:
+        window = getattr(dense, "sliding_window", None)
+        return MixtralConfig(**shared, num_local_experts=num_experts, num_experts_per_tok=top_k, sliding_window=window)
+
+
+class Llama(Mistral):
+    """Llama to Mixtral: Mistral's architecture but for biases, and with no window."""
+
+    dense_type = "llama"
+    refused = ("attention_bias", "mlp_bias")
+    reason = "Mixtral has no biases"

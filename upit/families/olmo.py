@@ -1,0 +1,25 @@
+"""OLMo 2 to FlexOlmo."""
+
+from typing import Any
+
+from transformers import FlexOlmoConfig, PretrainedConfig
+
+from upit.families.base import Family
+
+
+class Olmo2(Family):
+    """OLMo 2 to FlexOlmo (arXiv:2507.07024), which has the same attention and the norms after the sublayers too."""
+
+    dense_type = "olmo2"
+    moe_type = "flex_olmo"
+
+    def _moe_config(
+        self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
+    ) -> FlexOlmoConfig:
+        return FlexOlmoConfig(
+            **shared,
+            num_experts=num_experts,
+            num_experts_per_tok=top_k,
+            norm_topk_prob=True,
+            attention_bias=dense.attention_bias,
+        )

@@ -1,0 +1,65 @@
+"""Qwen2 to Qwen2-MoE and Qwen3 to Qwen3-MoE."""
+
+from typing import Any
+
+from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+from upit.families.base import Family
+
+SHARED_WIDTH = 8
+
+
+class Qwen2(Family):
+    """Qwen2 to Qwen2-MoE, the biases of q, k and v kept.
+
+    Qwen2-MoE always has a shared expert that every token visits. Here it is ``SHARED_WIDTH`` wide and zero, gate
+    included: it adds exactly nothing, and since it has no gradient either it stays out of post-training.
+    """
+
+    dense_type = "qwen2"
+    moe_type = "qwen2_moe"
+    refused = ("use_sliding_window",)
+    reason = "Qwen2-MoE puts the windows on other layers"
+
+    def _moe_config(
+        self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
+    ) -> Qwen2MoeConfig:
+        return Qwen2MoeConfig(
+            **shared,
+            num_experts=num_experts,
+            num_experts_per_tok=top_k,
+            moe_intermediate_size=dense.intermediate_size,
+            shared_expert_intermediate_size=SHARED_WIDTH,
+            norm_topk_prob=True,
+            qkv_bias=True,
+        )
+
+    def shared_expert(self, moe: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+        wide, narrow = moe.hidden_size, moe.shared_expert_intermediate_size
+        return {
+            "mlp.shared_expert.gate_proj.weight": (narrow, wide),
+            "mlp.shared_expert.up_proj.weight": (narrow, wide),
+            "mlp.shared_expert.down_proj.weight": (wide, narrow),
+            "mlp.shared_expert_gate.weight": (1, wide),
+        }
+
+
+class Qwen3(Family):
+    """Qwen3 to Qwen3-MoE."""
+
+    dense_type = "qwen3"
+    moe_type = "qwen3_moe"
+    refused = ("use_sliding_window",)
+    reason = "Qwen3-MoE has one window for all layers"
+
+    def _moe_config(
+        self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
+    ) -> Qwen3MoeConfig:
+        return Qwen3MoeConfig(
+            **shared,
+            num_experts=num_experts,
+            num_experts_per_tok=top_k,
+            moe_intermediate_size=dense.intermediate_size,
+            norm_topk_prob=True,
+            attention_bias=dense.attention_bias,
+        )
