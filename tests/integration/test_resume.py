@@ -12,6 +12,7 @@ import yaml
 
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
 from tests.integration.test_two_processes import small_config
+from upit.checkpoints import read_weights
 from upit.cli import RUN_DIR, main
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def fit_until_killed(run: Path, stage: str, config: Path) -> subprocess.Complete
     environment = {key: value for key, value in os.environ.items() if key != RUN_DIR}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums as this process does
     command = [sys.executable, "-c", SCRIPT, str(run), stage, "fit", "-c", str(config)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -112,3 +113,21 @@ def test_mid_epoch_with_loader_processes(make_data, tmp_path, step, packing):
 
     whole = weights()
     assert same(weights(tmp_path / f"checkpoints/step={step}.ckpt"), whole)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_after_the_swap(cache, tmp_path):
+    """The sharded MoE is built as the checkpoint says before its weights are read."""
+    config, strategy = write_config(tmp_path / "run", cache), ROOT / "configs/strategy/fsdp.yaml"
+    command = [sys.executable, "-m", "upit", "fit", "-c", str(config), "-c", str(strategy)]
+    environment = {key: value for key, value in os.environ.items() if key != RUN_DIR} | {"OMP_NUM_THREADS": "1"}
+
+    def weights(*options: str) -> dict[str, torch.Tensor]:
+        result = subprocess.run(
+            [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return read_weights(tmp_path / "run/checkpoints/step=8.ckpt")
+
+    whole = weights()
+    assert same(weights("--ckpt_path", str(tmp_path / "run/checkpoints/step=6.ckpt")), whole)
