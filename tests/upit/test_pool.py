@@ -54,6 +54,12 @@ def test_the_same_step_again_replaces_it(pool, dense):
     pool.verify()
 
 
+def test_experts_of_later_steps_can_be_forgotten(pool):
+    pool.forget_after(20)
+    assert [expert.step for expert in Pool.load(pool.directory).experts] == [10, 20]
+    pool.verify()
+
+
 def test_a_new_base_forgets_older_experts(pool, dense):
     pool.set_base(expert_tensors(dense))
     assert pool.experts == []
