@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_modules import DenseModule
 from tests.integration.test_two_processes import small_config
 from upit.cli import RUN_DIR, keep_records, main, run_directory
 
@@ -137,6 +138,15 @@ def test_scores_of_a_checkpoint_leave_the_run_as_it_was(cli_run, monkeypatch, ca
     assert "loss/letters" in shown
     assert ("exact_match/letters" in shown) == (command == "test")
     assert records(cli_run) == before
+
+
+def test_a_checkpoint_is_loaded_without_the_model_that_training_began_with(cli_run, monkeypatch):
+    def load(_):
+        raise AssertionError("loaded for nothing")
+
+    monkeypatch.setattr(DenseModule, "load", load)
+    checkpoint = cli_run / "checkpoints/step=6.ckpt"
+    upit("validate", "-c", cli_run / "config.yaml", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("step", [3, 6], ids=["dense", "moe"])

@@ -156,6 +156,12 @@ def _train(args: list[str] | None) -> None:
                     keep_records(run)
             config.trainer.default_root_dir = str(run)
 
+        def after_instantiate_classes(self) -> None:
+            options = self.config_init[self.subcommand]
+            if options.get("ckpt_path") and Path(options.ckpt_path).exists():
+                # told before the model is built, so that it is built as the checkpoint says, sharded too
+                self.trainer.ckpt_path, options.ckpt_path = options.ckpt_path, None
+
         def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
             fits = self.subcommand == "fit"
             if config["logger"] in (None, True):  # not written into the run's config: a second run has its own

@@ -182,6 +182,12 @@ class Pool:
         manifest["experts"] = sorted([*others, entry], key=lambda other: other["step"])
         write_json(self.manifest_file, manifest)
 
+    def forget_after(self, step: int) -> None:
+        """Leave out the experts of later steps: of a future that a resumed run may not have."""
+        manifest = self.manifest()
+        manifest["experts"] = [entry for entry in manifest["experts"] if entry["step"] <= step]
+        write_json(self.manifest_file, manifest)
+
     def verify(self) -> None:
         """Raises: ExpertFileError: a file is missing, truncated or changed, or its tensors differ from the base's."""
         base = self.base

@@ -136,6 +136,20 @@ def test_a_resumed_run_harvests_what_is_still_to_come(make_data, tmp_path):
     assert (tmp_path / "experts/step_0000002.safetensors").stat().st_mtime_ns == before
 
 
+def test_experts_of_an_abandoned_future_are_forgotten(make_data, tmp_path):
+    """A run resumed with other points must not upcycle experts that its own past never had."""
+    fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=1))
+    fit(tmp_path, make_data(), ExpertHarvest(at_steps=[1, 6]), ckpt_path=tmp_path / "checkpoints/step=2.ckpt")
+    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 2, 6]
+
+
+def test_a_run_resumed_away_from_its_experts_is_refused(make_data, tmp_path):
+    fit(tmp_path / "old", make_data(), ExpertHarvest(every_n_steps=2))
+    checkpoint = tmp_path / "old/checkpoints/step=3.ckpt"
+    with pytest.raises(ValueError, match=r"no harvested experts in .*new.*manifest\.json is missing"):
+        fit(tmp_path / "new", make_data(), ExpertHarvest(every_n_steps=2), ckpt_path=checkpoint)
+
+
 def test_a_module_that_cannot_upcycle_is_refused(make_data, tmp_path):
     from lightning_modules import DenseModule
     from tests.conftest import TINY

@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from tests.upit.conftest import make_examples
-from upit.examples import IGNORE, PADDING, block_causal_mask, collate, length_grouped
+from upit.examples import IGNORE, PADDING, ROUND_SEQUENCES, block_causal_mask, collate, length_grouped
 
 EXAMPLES = make_examples(5)
 
 
 def test_packed_and_padded_rows_hold_the_examples_as_they_are():
     batch = collate([[0, 3], [4]], EXAMPLES, pad_id=63, length=40)
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 40)}
+    used = [len(EXAMPLES[i]["input_ids"]) for i in (0, 3, 4)]
+    lengths = [used[0], used[1], 40 - used[0] - used[1], used[2], 40 - used[2]]
+    assert batch["lengths"].tolist() == lengths + [0] * (ROUND_SEQUENCES - len(lengths))
+    assert torch.equal(batch["predictors"] + 1, (batch["labels"].flatten() != IGNORE).nonzero().flatten())
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     for row, index in ((0, 0), (0, 3), (1, 4)):
         own = batch["example_ids"][row] == index

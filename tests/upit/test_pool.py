@@ -27,7 +27,7 @@ def test_comes_back_as_stored(pool, dense):
         assert expert.shapes == {name: tuple(t.shape) for name, t in stored.items()}
         for name, tensor in stored.items():
             assert torch.equal(expert.read(name), tensor)
-            assert torch.equal(expert.get_slice(name)[2:5], tensor[2:5])
+            assert torch.equal(expert.get_slice(name)[2:5,], tensor[2:5])
 
 
 def test_the_manifest_says_what_others_read(pool):
@@ -51,6 +51,12 @@ def test_the_same_step_again_replaces_it(pool, dense):
     assert [expert.step for expert in pool.experts] == [10, 20, 30]
     name = next(iter(again))
     assert torch.equal(pool.experts[1].read(name), again[name])
+    pool.verify()
+
+
+def test_experts_of_later_steps_can_be_forgotten(pool):
+    pool.forget_after(20)
+    assert [expert.step for expert in Pool.load(pool.directory).experts] == [10, 20]
     pool.verify()
 
 
