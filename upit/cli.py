@@ -133,6 +133,15 @@ def _train(args: list[str] | None) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
+    from upit.choices import explain
+
+    class Parser(LightningArgumentParser):
+        """Tells what is wrong and what would be right, without the usage of every option."""
+
+        def error(self, message, ex=None):
+            if not self.exit_on_error:  # a class's own arguments, parsed within: the error is told from outside
+                super().error(message, ex)
+            self.exit(2, f"{self.prog}: error: {explain(message)}\n")
 
     class CLI(LightningCLI):
         """LightningCLI whose runs each have a directory of their own, and whose two callbacks have a key each.
@@ -140,6 +149,12 @@ def _train(args: list[str] | None) -> None:
         A list of callbacks can only be replaced as a whole by a second config; ``harvest`` and ``upcycling`` can be
         changed line by line.
         """
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                self.parser.error(str(error), error)
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.set_defaults({"trainer.default_root_dir": "runs/run"})
@@ -180,6 +195,7 @@ def _train(args: list[str] | None) -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
+        parser_class=Parser,
         args=args,
     )
 

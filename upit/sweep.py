@@ -80,7 +80,8 @@ def fit(cell: Cell, extra: Sequence[str] = ()) -> bool:
         command += ["--ckpt_path", str(checkpoint)]
     elif cell.run.exists():
         shutil.rmtree(cell.run)
-    subprocess.run(command, env={**os.environ, "UPIT_RUN_DIR": str(cell.run)}, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "UPIT_RUN_DIR"}  # each has its own
+    subprocess.run(command, env=environment, check=False)
     return final_scores(cell.run) is not None
 
 

@@ -1,0 +1,45 @@
+"""What the command line says about a wrong strategy."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from upit.cli import main
+
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--upcycling.router", "upit.router_init.Nope"],
+            "valid choices of RouterInit: upit.router_init.HiddenMean, upit.router_init.Random, ",
+        ),
+        (
+            ["--upcycling.merge", "upit.selection.Even"],
+            "valid choices of Merge: upit.merging.Dare, upit.merging.DareTies, upit.merging.Linear, ",
+        ),
+        (["--upcycling.merge", "upit.merging.Ties", "--upcycling.merge.densty", "0.3"], "densty"),
+        (["-c", "wrong.yaml"], "upit.merging.Ties takes: density"),
+        (
+            ["--upcycling.merge", "upit.merging.Dare", "--upcycling.merge.drop_rate", "2"],
+            "Dare.drop_rate=2.0 must lie in [0, 1)",
+        ),
+    ],
+)
+def test_says_what_would_be_right(arguments, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UPIT_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    (tmp_path / "wrong.yaml").write_text(
+        "upcycling: {merge: {class_path: upit.merging.Ties, init_args: {densty: 0.3}}}"
+    )
+    monkeypatch.setattr(sys, "argv", ["upit", "fit", "-c", str(QUICKSTART), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    text = capsys.readouterr().err
+    assert said in text
+    assert "Does not validate" not in text
+    assert len(text) < 2500, "the usage of every option buries the error"
