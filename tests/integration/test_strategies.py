@@ -50,13 +50,13 @@ def test_any_source_with_any_router(make_data, tmp_path, upcycling, kinds):
     module, callback, lineage = fit(make_data, tmp_path, upcycling)
     assert module.phase == "moe"
     assert [entry["kind"] for entry in lineage] == kinds
-    assert callback.drift >= 0
+    assert callback.drift > -1e-6, "a divergence, up to rounding"
 
 
 def test_copies_do_not_drift(make_data, tmp_path):
     """N copies of the dense model are the dense model, whatever the router."""
     _, callback, _ = fit(make_data, tmp_path, {"source": Copies(), "router": Ridge()})
-    assert callback.drift < 1e-6
+    assert abs(callback.drift) < 1e-6
 
 
 def test_checkpoints_of_another_run(finished, make_data, tmp_path):
