@@ -96,7 +96,7 @@ def test_a_resumed_dense_phase_obeys_the_swap_of_its_config(finished, make_data,
     run, _, _ = finished
     shutil.copytree(run, tmp_path / "run")
     module = make_module()
-    callbacks = make_callbacks(upcycling={"at_step": 8, "seed_fraction": 0.1, "router_epochs": 1}, report=False)
+    callbacks = make_callbacks(upcycling={"at_step": 8}, report=False)
     trainer = make_trainer(tmp_path / "run", callbacks)
     trainer.fit(module, datamodule=make_data(), ckpt_path=tmp_path / "run/checkpoints/step=4.ckpt", weights_only=True)
     assert module.phase == "moe"
