@@ -1,6 +1,7 @@
 """When to act in a fit: harvest experts, upcycle, report, show."""
 
 from callbacks.answers import WriteAnswers
+from callbacks.collapse_guard import CollapseGuard
 from callbacks.harvest import ExpertHarvest
 from callbacks.hparams import HParams
 from callbacks.pictures import LineagePicture, SeedDataPicture
@@ -11,6 +12,7 @@ from callbacks.swap import CurvesPicture, SwapPicture
 from callbacks.upcycling import Upcycling
 
 __all__ = [
+    "CollapseGuard",
     "CurvesPicture",
     "DiversityPicture",
     "ExpertHarvest",

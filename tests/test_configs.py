@@ -6,6 +6,8 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from callbacks import ExpertHarvest, Upcycling
 from lightning_modules import UpITModule
@@ -52,9 +54,27 @@ def test_a_base_is_the_whole_method(monkeypatch, tmp_path, base):
 @pytest.mark.parametrize("extra", EXTRAS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 @pytest.mark.parametrize("base", BASES, ids=lambda file: file.stem)
 def test_a_difference_stacks_on_every_base(monkeypatch, tmp_path, base, extra):
+    monkeypatch.chdir(tmp_path)
+    domain_expert = tmp_path / "runs/domain_experts/letters/export"  # what branch_train_mix asks for
+    domain_expert.mkdir(parents=True)
+    save_file({"weight": torch.ones(1)}, domain_expert / "model.safetensors")
     trainer, module, _ = instantiate(monkeypatch, tmp_path, base, extra)
     assert isinstance(module, UpITModule)
     if extra.parent.name == "strategy":
         assert trainer.world_size > 1
     else:
-        assert any(isinstance(callback, Upcycling) for callback in trainer.callbacks)
+        upcycles = any(isinstance(callback, Upcycling) for callback in trainer.callbacks)
+        assert upcycles == (extra.stem not in ("dense_full", "domain_expert"))
+
+
+def test_differences_stack_on_one_another(monkeypatch, tmp_path):
+    """Arguments of a class that an earlier file chose stay; another class starts from its own defaults."""
+    ablations = [CONFIGS / f"ablations/{name}.yaml" for name in ("train_experts", "first_half", "keep_base")]
+    trainer, _, _ = instantiate(monkeypatch, tmp_path, CONFIGS / "quickstart.yaml", *ablations)
+    upcycling = next(callback for callback in trainer.callbacks if isinstance(callback, Upcycling))
+    assert repr(upcycling.source) == "Harvested(keep='first_half', base=True)"
+    assert upcycling.router.expert_lr == 1e-5
+    ablations.append(CONFIGS / "ablations/ridge_router.yaml")
+    trainer, _, _ = instantiate(monkeypatch, tmp_path, CONFIGS / "quickstart.yaml", *ablations)
+    upcycling = next(callback for callback in trainer.callbacks if isinstance(callback, Upcycling))
+    assert repr(upcycling.router) == "Ridge(strength=0.001)"

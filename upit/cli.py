@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "test": "exact match per domain of a dense or MoE checkpoint",
     "predict": "answer the prompts of a JSONL file",
     "export": "write a checkpoint's model in stock transformers format",
+    "sweep": "run several configs over several seeds, and compare them",
     "report": "one HTML page about a run, or several side by side",
 }
 RUN_DIR = "UPIT_RUN_DIR"
@@ -29,6 +30,8 @@ def main(args: list[str] | None = None) -> None:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
         _export(args[1:])
+    elif command == "sweep":
+        _sweep(args[1:])
     elif command == "report":
         _report(args[1:])
     else:
@@ -63,6 +66,48 @@ def _export(args: list[str]) -> None:
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         parser.error(str(error))
     print(f"Exported to {output}")
+
+
+def _sweep(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "upit sweep",
+        description="Run a base config, and others stacked on it, over several random seeds; each run is a process of "
+        "its own. Finished runs are skipped and interrupted ones resumed, so the same command goes on after a stop.",
+        epilog="Any other argument goes to every `upit fit`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-c", "--config", action="append", required=True, type=Path, help="base config; may be stacked"
+    )
+    parser.add_argument(
+        "--configs", nargs="*", default=[], type=Path, help="configs to stack on the base, one at a time"
+    )
+    parser.add_argument("--seeds", nargs="+", default=[0, 1, 2], type=int, help="default: 0 1 2")
+    parser.add_argument("--output", required=True, type=Path, help="directory of the sweep")
+    options, extra = parser.parse_known_args(args)
+    from upit.sweep import plan, sweep
+
+    try:
+        cells = plan(options.config, options.configs, options.seeds, options.output)
+    except ValueError as error:
+        parser.error(str(error))
+    for files in dict.fromkeys(cell.files for cell in cells):
+        _check_config([*[arg for file in files for arg in ("-c", str(file))], *extra])
+    if sweep(cells, options.output, extra=extra):
+        sys.exit(1)
+
+
+def _check_config(args: list[str]) -> None:
+    """Exit with the parser's error where ``upit fit`` would not take these arguments."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    try:
+        with redirect_stdout(StringIO()):
+            _train(["fit", *args, "--print_config"])
+    except SystemExit as stop:
+        if stop.code:
+            raise
 
 
 def _report(args: list[str]) -> None:

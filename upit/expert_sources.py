@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,21 +175,30 @@ class Checkpoints(ExpertSource):
 
     Args:
         paths: transformers directories with safetensors (sharded too), or pools harvested by another run, of which
-            every expert is taken. Their architecture must be the dense model's.
-    Raises: ValueError: no path is given, or one is neither.
+            every expert is taken; may hold wildcards. Their architecture must be the dense model's.
+    Raises: ValueError: no path is given, one matches nothing, or is neither.
     """
 
     def __init__(self, paths: list[str]) -> None:
         if not paths:
             raise ValueError("Checkpoints.paths is empty: name transformers directories or harvested pools")
-        for path in paths:
-            if not _is_pool(Path(path)):
-                TensorFiles(Path(path))
         self.paths = paths
+        for path in self._directories():
+            if not _is_pool(path):
+                TensorFiles(path)
+
+    def _directories(self) -> list[Path]:
+        found: list[Path] = []
+        for pattern in self.paths:
+            matches = sorted(glob(pattern))
+            if not matches:
+                raise ValueError(f"Checkpoints.paths: nothing is at {pattern!r}")
+            found += map(Path, matches)
+        return found
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         found: list[Expert] = []
-        for path in map(Path, self.paths):
+        for path in self._directories():
             own = _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
             for expert in own:
                 _check_shapes(expert, harvest.base)
@@ -196,7 +206,7 @@ class Checkpoints(ExpertSource):
         return found
 
     def count(self, harvested, num_experts):
-        return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in map(Path, self.paths))
+        return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in self._directories())
 
 
 def _is_pool(path: Path) -> bool:

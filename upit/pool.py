@@ -24,8 +24,9 @@ class Rows:
         self._files = files
         self._name = name
 
-    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        return self._files.read(self._name, index[0])[(slice(None), *index[1:])]
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        return self._files.read(self._name, rows)[(slice(None), *others)]
 
 
 @dataclass

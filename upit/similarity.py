@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upit.ahead import ahead
 from upit.merging import task_vector
 from upit.pool import Expert
 from upit.strategy import Strategy
@@ -57,17 +58,19 @@ def negative_distance(products: Tensor) -> Tensor:
 
 
 class _OfParameters(Similarity):
-    """Of all expert parameters; streams tensor by tensor and reads each expert once."""
+    """Of all expert parameters; streams tensor by tensor, with the new experts' and one more in memory."""
 
     against: Literal["base", "zero"] = "base"
 
     def products(self, experts, new, base, *, score=None, track=untracked):
-        total = torch.zeros(new, len(experts), dtype=torch.float64)
-        for name in track(base.shapes, "(similarity)"):
-            origin = base.read(name) if self.against == "base" else torch.zeros((), dtype=torch.float32)
-            vectors = torch.stack([task_vector(expert.read(name), origin).flatten() for expert in experts])
-            total += (vectors[-new:] @ vectors.T).double()
-        return total
+        def of_tensor(name: str) -> Tensor:
+            origin = base.read(name).float() if self.against == "base" else torch.zeros((), dtype=torch.float32)
+            recent = torch.stack([task_vector(expert.read(name), origin).flatten() for expert in experts[-new:]])
+            older = [recent @ task_vector(expert.read(name), origin).flatten() for expert in experts[:-new]]
+            return torch.cat([*[column[:, None] for column in older], recent @ recent.T], dim=1).double()
+
+        names = track(base.shapes, "(similarity)")
+        return sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))
 
 
 class Cosine(_OfParameters):

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.router_init import Random
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"model": "a", "config": TINY}])
@@ -96,7 +97,7 @@ def test_a_resumed_dense_phase_obeys_the_swap_of_its_config(finished, make_data,
     run, _, _ = finished
     shutil.copytree(run, tmp_path / "run")
     module = make_module()
-    callbacks = make_callbacks(upcycling={"at_step": 8}, report=False)
+    callbacks = make_callbacks(upcycling={"at_step": 8, "seed_fraction": 0.1, "router": Random()}, report=False)
     trainer = make_trainer(tmp_path / "run", callbacks)
     trainer.fit(module, datamodule=make_data(), ckpt_path=tmp_path / "run/checkpoints/step=4.ckpt", weights_only=True)
     assert module.phase == "moe"

@@ -72,15 +72,12 @@ def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
     moe = model.config.model_type == "mixtral"
     lineage = [
         {"expert": 0, "kind": "harvested", "step": 12, "epoch": 0.5},
-        {
-            "expert": 1,
-            "kind": "merged",
-            "parents": [0, 0],
-            "alpha": 0.25,
-            "beta": 0.75,
-            "merge": {"strategy": "Dare", "p": 0.2},
-        },
-    ]
+        {"expert": 1, "kind": "merged", "parents": [0, 0], "alpha": 0.25, "beta": 0.75,
+         "merge": {"name": "Dare", "drop_rate": 0.2}},
+        {"expert": 2, "kind": "base"},
+        {"expert": 3, "kind": "copy", "source": {"name": "Copies", "noise_std": 0.1}},
+        {"expert": 4, "kind": "checkpoint", "path": "there"},
+    ]  # fmt: skip
     write_json(tmp_path / "upcycling/lineage.json", lineage)
     stage = {"domains": {"letters": {}, "sums": {}}, "average": {"loss": 1.25, "exact_match": 0.5}}
     write_json(tmp_path / "report.json", {"stages": {"final": stage}})
@@ -92,7 +89,8 @@ def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
     assert 'from_pretrained("mine")' in card
     assert ("4 experts, top-2" in card) == moe
     assert ("checkpoint of step 12 (epoch 0.50)" in card) == moe
-    assert ("0.25 x expert 0 + 0.75 x expert 0, Dare 0.2" in card) == moe
+    assert ("0.25 x expert 0 + 0.75 x expert 0, Dare (drop_rate 0.2)" in card) == moe
+    assert ("Copies (noise_std 0.1)" in card) == ("checkpoint in there" in card) == moe
     assert card.startswith("---\n")
 
 
