@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -206,11 +206,14 @@ class Conversion:
         )
 
 
-def _vocabulary(file: Path) -> Mapping[str, int] | None:
-    """Tokens and their ids, where there is a tokenizer.json that says so."""
-    if not file.exists():
-        return None
-    content = json.loads(file.read_text())
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    vocabulary = content["model"].get("vocab", {})
-    return {**vocabulary, **added} if isinstance(vocabulary, dict) else None
+def _same_vocabulary(ours: Path, theirs: Path) -> bool:
+    """Whether two tokenizer.json give every token the same id; True where one of them does not exist."""
+    if not (ours.exists() and theirs.exists()):
+        return True
+    contents = [ours.read_bytes(), theirs.read_bytes()]
+    return contents[0] == contents[1] or _vocabulary(contents[0]) == _vocabulary(contents[1])
+
+
+def _vocabulary(tokenizer: bytes) -> list[Any]:
+    content = json.loads(tokenizer)
+    return [content["model"].get("vocab"), [(token["content"], token["id"]) for token in content["added_tokens"]]]
