@@ -50,6 +50,7 @@ class ExpertHarvest(Callback):
         self.every_n_steps = every_n_steps
         self.at_steps = at_steps
         self.dtype = DTYPES[dtype] if dtype else None
+        self.keep_rest = False  # set by Upcycling where the other parameters are wanted from the pool
         self.last_step = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._pending: list[Future] = []
@@ -85,23 +86,28 @@ class ExpertHarvest(Callback):
             self._save(trainer, pl_module, step=trainer.global_step)
 
     def _save(self, trainer, pl_module, *, step: int) -> None:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
+        rest: dict[str, torch.Tensor] = {}
         for name, param in pl_module.lm.named_parameters():
-            if is_expert(name):
+            if is_expert(name) or self.keep_rest:
                 whole = full(param)
                 if rank() == 0:
                     # a copy of its own: the optimizer changes the parameter while the writer still reads
-                    tensors[name] = whole.to("cpu", self.dtype or whole.dtype, copy=True)
+                    copy = whole.to("cpu", self.dtype or whole.dtype, copy=True)
+                    (tensors if is_expert(name) else rest)[name] = copy
         self.last_step = step
         if rank() == 0:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
             epoch = step / pl_module.steps_per_epoch()
             self.drain()
-            self._pending.append(self._writer.submit(self._write, tensors, step, epoch, metrics))
+            self._pending.append(self._writer.submit(self._write, tensors, rest, step, epoch, metrics))
 
-    def _write(self, tensors: dict[str, torch.Tensor], step: int, epoch: float, metrics: dict[str, float]) -> None:
+    def _write(self, tensors, rest, step: int, epoch: float, metrics: dict[str, float]) -> None:
         pool = Pool(self.directory)
-        pool.add(tensors, step=step, epoch=epoch, metrics=metrics) if step else pool.set_base(tensors)
+        if step:
+            pool.add(tensors, step=step, epoch=epoch, metrics=metrics, rest=rest)
+        else:
+            pool.set_base(tensors, rest=rest)
 
     def drain(self) -> None:
         """Wait for the background writer; raises what went wrong there."""

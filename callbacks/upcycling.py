@@ -1,11 +1,11 @@
 """The swap: expand the harvested experts, initialise the router, and let the module become a MoE mid-run."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -15,14 +15,20 @@ from typing_extensions import override
 
 from callbacks.harvest import ExpertHarvest
 from callbacks.protocol import require_upcycling
-from upit.distributed import barrier, broadcast, rank
+from upit.distributed import rank
 from upit.evaluation import drift, reference_logits
-from upit.expansion import Expansion, expand
+from upit.expansion import Expansion, check_counts, expand
+from upit.expert_sources import ExpertSource, Harvested
 from upit.families import check_top_k
 from upit.files import write_json
-from upit.router_init import RouterSettings, initialise_router
-from upit.scoring import score_seeds
-from upit.seed_data import draw_seed
+from upit.merging import Dare, Merge
+from upit.non_experts import Last, NonExperts
+from upit.pool import Expert
+from upit.router_init import RouterInit, RoutingVectors
+from upit.scoring import SeedScorer
+from upit.seed_data import Assignment, LowestPerplexity, draw_seed
+from upit.selection import Even, MostDissimilar, Parents, Selection
+from upit.similarity import Cosine, Similarity
 
 
 class Upcycling(Callback):
@@ -34,17 +40,18 @@ class Upcycling(Callback):
     Args:
         at_epoch: epochs of dense training; may be a fraction.
         at_step: optimizer steps of dense training.
-        policy: which checkpoints become experts when there are more than experts (ours).
-        drop_rate: DARE's p for merged experts; 0.2 is ours, not the paper's.
+        source: where the experts come from; default the harvested pool, ``Harvested()``.
+        merge: how two parents become one more expert; default ``Dare()``.
+        parents: which two; default ``MostDissimilar()``.
+        similarity: how alike two experts are; default ``Cosine()`` of their task vectors (ours).
+        selection: which ones are left out where there are more than wanted; default ``Even()`` (ours).
         seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
-        capacity_factor: room of an expert's bucket over an even share; None for no limit. Ours.
-        router: "upit" pre-optimises routing vectors, "random" is Mixtral's own initialisation.
-        router_alpha, router_epochs: of the pre-optimisation; 0.5 and 4 are the paper's.
-        router_lr: of the routing vectors; ours.
-        expert_lr: train each expert along with its vectors, at this rate; None trains the vectors alone. Ours.
-        router_batch_size: seed examples a step; ours.
+        assignment: who gets which seed example; default ``LowestPerplexity()``.
+        router: initialisation of the router; default ``RoutingVectors()``.
+        non_experts: where all other parameters come from; default ``Last()`` (ours).
         drift_examples: held-out examples whose logits are compared before and after the swap.
-        seed: of alphas, DARE masks, seed data and starting vectors.
+        seed: of all that is drawn (alphas, masks, noise, seed data, starting vectors); default the run's
+            ``seed_everything``.
     Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
     """
 
@@ -52,42 +59,35 @@ class Upcycling(Callback):
         self,
         at_epoch: float | None = None,
         at_step: int | None = None,
-        policy: Literal["even", "last", "most_diverse"] = "even",
-        drop_rate: float = 0.2,
+        source: ExpertSource | None = None,
+        merge: Merge | None = None,
+        parents: Parents | None = None,
+        similarity: Similarity | None = None,
+        selection: Selection | None = None,
         seed_fraction: float = 0.01,
-        capacity_factor: float | None = 1.0,
-        router: Literal["upit", "random"] = "upit",
-        router_alpha: float = 0.5,
-        router_epochs: int = 4,
-        router_lr: float = 1e-3,
-        expert_lr: float | None = None,
-        router_batch_size: int = 8,
+        assignment: Assignment | None = None,
+        router: RouterInit | None = None,
+        non_experts: NonExperts | None = None,
         drift_examples: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if (at_epoch is None) == (at_step is None):
             raise ValueError(f"give one of at_epoch and at_step: got at_epoch={at_epoch}, at_step={at_step}")
-        if not 0.0 <= drop_rate < 1.0:
-            raise ValueError(f"drop_rate={drop_rate} must lie in [0, 1)")
         if not 0.0 < seed_fraction <= 1.0:
             raise ValueError(f"seed_fraction={seed_fraction} must lie in (0, 1]")
-        if capacity_factor is not None and capacity_factor < 1.0:
-            raise ValueError(
-                f"capacity_factor={capacity_factor} leaves examples without an expert; at least 1, or null"
-            )
-        if not 0.0 <= router_alpha <= 1.0:
-            raise ValueError(f"router_alpha={router_alpha} must lie in [0, 1]")
         self.at_epoch = at_epoch
         self.at_step = at_step
-        self.policy = policy
-        self.drop_rate = drop_rate
+        self.source = source or Harvested()
+        self.merge = merge or Dare()
+        self.parents = parents or MostDissimilar()
+        self.similarity = similarity or Cosine()
+        self.selection = selection or Even()
         self.seed_fraction = seed_fraction
-        self.capacity_factor = capacity_factor
-        self.settings = RouterSettings(
-            router, router_alpha, router_epochs, router_lr, expert_lr, router_batch_size, seed
-        )
+        self.assignment = assignment or LowestPerplexity()
+        self.router = router or RoutingVectors()
+        self.non_experts = non_experts or Last()
         self.drift_examples = drift_examples
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.wall_seconds: dict[str, float] = {}
 
     # --- before the fit ------------------------------------------------------------------------------
@@ -106,7 +106,13 @@ class Upcycling(Callback):
         if trainer.fast_dev_run:
             _widen_fast_dev_run(trainer)
         check_top_k(pl_module.moe.num_experts, pl_module.moe.top_k)
+        if self.non_experts.of_pool and not self.source.whole:
+            raise ValueError(
+                f"Upcycling.non_experts={self.non_experts} averages over checkpoints, and source={self.source} has "
+                "none of its own; use upit.non_experts.Last"
+            )
         self.harvest = self._harvest_of(trainer)
+        self.harvest.keep_rest = self.non_experts.of_pool
         self._plan(trainer, pl_module)
 
     def _harvest_of(self, trainer) -> ExpertHarvest:
@@ -134,11 +140,7 @@ class Upcycling(Callback):
         if not points:
             raise ValueError(f"Upcycling.{said} (step {step}) comes before the first harvest; harvest earlier")
         num_experts = module.moe.num_experts
-        if num_experts > len(points) and len(points) < 2:
-            raise ValueError(
-                f"num_experts={num_experts} needs at least 2 checkpoints to merge, the harvest gives {len(points)} "
-                f"(steps {points}); harvest more often"
-            )
+        check_counts(self.source.count(len(points), num_experts), num_experts)
         self._seed_indices(trainer, num_experts)
         module.plan_swap(step)
 
@@ -160,30 +162,33 @@ class Upcycling(Callback):
         run = Path(trainer.default_root_dir) / "upcycling"
         data, dense = trainer.datamodule, module.lm
         module.eval()
-        with self._timed("expansion"):
-            pool = self.harvest.collect()
-            expansion = self._expand(pool, module.moe.num_experts, run)
         before = reference_logits(dense, data, self.drift_examples, autocast=module.autocast)
-        with self._timed("seed_scoring"):
-            indices = self._seed_indices(trainer, len(expansion.experts))
-            seeds = score_seeds(
+        with self._timed("expansion"):
+            harvest, num_experts = self.harvest.collect(), module.moe.num_experts
+            pool = self.source.experts(
+                harvest,
                 dense,
-                expansion.experts,
-                indices,
-                data,
-                capacity_factor=self.capacity_factor,
-                file=run / "seed_perplexity.json",
-                autocast=module.autocast,
-                track=self._bar("Scoring seed data"),
+                num_experts=num_experts,
+                output=run / "experts",
+                seed=self.seed,
+                track=self._bar("Preparing experts"),
+            )
+            self.non_experts.fill(dense, pool)
+            indices = self._seed_indices(trainer, num_experts)
+            scorer = SeedScorer(dense, indices, data, file=run / "seed_perplexity.json", autocast=module.autocast)
+            expansion = self._expand(pool, harvest.base, num_experts, scorer, run)
+        with self._timed("seed_scoring"):
+            seeds = scorer.assign(
+                expansion.experts, self.assignment, seed=self.seed, track=self._bar("Scoring seed data")
             )
         with self._timed("router_initialisation"):
-            experts, router_DEH = initialise_router(
+            experts, router_DEH = self.router(
                 dense,
                 expansion.experts,
                 seeds,
                 data,
-                settings=self.settings,
                 directory=run / "router",
+                seed=self.seed,
                 autocast=module.autocast,
                 track=self._bar("Initialising the router"),
             )
@@ -196,23 +201,24 @@ class Upcycling(Callback):
         self.expansion, self.seeds = expansion, seeds
         trainer.lightning_module.log("moe/swap_drift_kl", self.drift, batch_size=1, rank_zero_only=True)
 
-    def _expand(self, pool, num_experts: int, run: Path) -> Expansion:
-        expansion = None
+    def _expand(self, pool: list[Expert], base: Expert, num_experts: int, scorer: SeedScorer, run: Path) -> Expansion:
+        expansion = expand(
+            pool,
+            base,
+            num_experts=num_experts,
+            output=run / "experts",
+            merge=self.merge,
+            parents=self.parents,
+            selection=self.selection,
+            similarity=self.similarity,
+            seed=self.seed,
+            score=scorer.losses,
+            track=self._bar("Expanding experts"),
+        )
         if rank() == 0:
-            expansion = expand(
-                pool.experts,
-                pool.base,
-                num_experts=num_experts,
-                drop_rate=self.drop_rate,
-                seed=self.seed,
-                output=run / "experts",
-                policy=self.policy,
-                track=self._bar("Expanding experts"),
-            )
             write_json(run / "lineage.json", expansion.lineage)
             write_json(run / "similarity.json", expansion.similarity)
-        barrier()
-        return broadcast(expansion)  # type: ignore[return-value]
+        return expansion
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from callbacks import ExpertHarvest, RunReport, Upcycling
 from datamodules import ReasoningGymDataModule
 from lightning_modules import DenseModule, MoEModule, UpITModule
+from upit.router_init import RoutingVectors
 
 FAMILIES = {
     "letters": {"letter_counting": {"min_words": 2, "max_words": 3}},
@@ -62,7 +63,13 @@ def make_callbacks(harvest=None, upcycling=None, report=True) -> list:
     chosen = [
         ExpertHarvest(**(harvest or {"every_n_steps": 3})),
         Upcycling(
-            **{"at_step": 6, "seed_fraction": 0.1, "router_epochs": 1, "drift_examples": 4, **(upcycling or {})}
+            **{
+                "at_step": 6,
+                "seed_fraction": 0.1,
+                "router": RoutingVectors(epochs=1),
+                "drift_examples": 4,
+                **(upcycling or {}),
+            }
         ),
     ]
     return [*chosen, RunReport()] if report else chosen

@@ -1,6 +1,6 @@
 """Collectives that are nothing in a single process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -36,6 +36,11 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_rank_zero(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank; the others wait."""
+    return broadcast(compute() if rank() == 0 else None)  # type: ignore[return-value]
 
 
 def own_share(batches: Sequence[T]) -> list[tuple[T, bool]]:

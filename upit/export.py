@@ -106,7 +106,16 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
 
 def origin(entry: Mapping[str, Any]) -> str:
     """Where an expert of a lineage comes from, in words."""
-    if entry["kind"] == "harvested":
-        return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f})"
-    j, k = entry["parents"]
-    return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, DARE p = {entry['drop_rate']}"
+    kind = entry["kind"]
+    if kind == "merged":
+        j, k = entry["parents"]
+        merge = " ".join(str(value) for value in entry["merge"].values())
+        return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, {merge}"
+    place = f" in {entry['path']}" if "path" in entry else ""
+    if kind == "harvested":
+        return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f}){place}"
+    if kind == "base":
+        return "the model before instruction tuning"
+    if kind == "checkpoint":
+        return f"checkpoint{place}"
+    return " ".join(str(value) for value in entry["source"].values())

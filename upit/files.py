@@ -1,5 +1,6 @@
-"""Small files, written beside and renamed, so that a reader never sees half of one."""
+"""Small files, written beside and renamed, so that a reader never sees half of one; and digests."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -18,6 +21,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value in plain types: the fingerprint of all that a file depends on."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seeded(*key: Any) -> torch.Generator:
+    """A random generator seeded by a key, so that what is drawn depends on no order of work."""
+    content = hashlib.sha256(json.dumps(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(content[:7], "big"))
 
 
 def check_output(output: Path) -> None:

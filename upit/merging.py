@@ -1,9 +1,17 @@
-"""Parameter merging as functions of tensors of any shape; elementwise, so a shard merges as the whole does."""
+"""Parameter merging: functions of tensors of any shape, and the strategies made of them.
 
+All but :func:`slerp` and :func:`trim` are elementwise, so a shard merges as the whole does.
+"DARE" and "TIES" differ between libraries; here they are peft's (``peft.utils.merge_utils``), on task vectors.
+"""
+
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from upit.strategy import Strategy
 
 
 def task_vector(tensor: Tensor, base: Tensor) -> Tensor:
@@ -21,11 +29,46 @@ def drop_and_rescale(delta: Tensor, drop_rate: float, mask: Tensor) -> Tensor:
     return delta * mask / (1.0 - drop_rate)
 
 
+def trim(delta: Tensor, density: float) -> Tensor:
+    """Keep the ``density`` share of largest magnitude, set the rest to zero (TIES, arXiv:2306.01708, step 1)."""
+    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
+    trimmed = torch.zeros_like(delta).flatten()
+    trimmed[kept] = delta.flatten()[kept]
+    return trimmed.view_as(delta)
+
+
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted sum, in float32."""
     return sum(
         (w * t.float() for w, t in zip(weights, tensors, strict=True)), start=torch.zeros((), dtype=torch.float32)
     )
+
+
+def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Elect each parameter's sign by the sum of the task vectors, then average those that agree with it.
+
+    Steps 2 and 3 of TIES (arXiv:2306.01708) as peft has them: signs are elected before the vectors are weighted, and
+    the weighted sum is divided by the number of vectors that agree.
+    """
+    stacked = torch.stack(list(deltas))
+    sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
+    agrees = stacked.sign() == sign
+    weighted = stacked * torch.tensor(weights, dtype=stacked.dtype).view(-1, *[1] * (stacked.ndim - 1))
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Spherical interpolation from a to b over the whole tensor, in float32 (Shoemake 1985).
+
+    Linear where the two point the same way (cosine above 0.9995, mergekit's threshold), or one of them is zero.
+    """
+    a, b = a.float(), b.float()
+    norms = a.norm() * b.norm()
+    cosine = (a * b).sum() / norms if norms > 0 else torch.ones((), dtype=torch.float32)
+    if cosine.abs() > 0.9995:
+        return linear([a, b], [1 - t, t])
+    angle = torch.arccos(cosine)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
 def dare_linear(
@@ -46,3 +89,110 @@ def dare_linear(
     """
     deltas = [drop_and_rescale(task_vector(t, base), drop_rate, mask) for t, mask in zip(tensors, masks, strict=True)]
     return (base.float() + linear(deltas, weights)).to(tensors[0].dtype)
+
+
+class Merge(Strategy):
+    """How two parents become a child: expansion's crossover and mutation, one tensor at a time."""
+
+    @abstractmethod
+    def __call__(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Merge one tensor of every parent.
+
+        Args:
+            tensors: the parents', of one shape.
+            weights: alpha and beta, which sum to 1.
+            base: the same tensor of the model that task vectors start from.
+            generators: one a parent, seeded for this tensor.
+        Returns: the child's tensor, in the dtype of the first parent.
+        """
+
+
+def check_drop_rate(owner: Merge, drop_rate: float) -> None:
+    """Raises: ValueError: outside [0, 1)."""
+    if not 0.0 <= drop_rate < 1.0:
+        raise ValueError(f"{type(owner).__name__}.drop_rate={drop_rate} must lie in [0, 1)")
+
+
+class Linear(Merge):
+    """The parents' weighted sum: crossover without mutation."""
+
+    def __call__(self, tensors, weights, base, generators):
+        return linear(tensors, weights).to(tensors[0].dtype)
+
+
+class Slerp(Merge):
+    """Spherical interpolation of two parents.
+
+    Args:
+        against: "base" turns the task vectors; "zero" the parameters themselves, which for checkpoints of one run all
+            but point the same way, so that the child is the linear one. Default ours.
+    """
+
+    def __init__(self, against: Literal["base", "zero"] = "base") -> None:
+        self.against = against
+
+    def __call__(self, tensors, weights, base, generators):
+        origin = base.float() if self.against == "base" else torch.zeros((), dtype=torch.float32)
+        a, b = (task_vector(tensor, origin) for tensor in tensors)
+        return (origin + slerp(a, b, weights[1])).to(tensors[0].dtype)
+
+
+class _Ties(Merge):
+    def _disjoint(self, deltas, weights, base, dtype):
+        # weights of mean 1: where the parents agree, the child is their weighted sum, as in the other strategies
+        scaled = [len(weights) * weight for weight in weights]
+        return (base.float() + disjoint_merge(deltas, scaled)).to(dtype)
+
+
+class Ties(_Ties):
+    """TIES (arXiv:2306.01708): trim the task vectors, elect signs, average what agrees.
+
+    Args:
+        density: share of each tensor's task vector that is kept, in (0, 1]; 0.2 is that paper's.
+    """
+
+    def __init__(self, density: float = 0.2) -> None:
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"Ties.density={density} must lie in (0, 1]")
+        self.density = density
+
+    def __call__(self, tensors, weights, base, generators):
+        deltas = [trim(task_vector(tensor, base), self.density) for tensor in tensors]
+        return self._disjoint(deltas, weights, base, tensors[0].dtype)
+
+
+class Dare(Merge):
+    """DARE (arXiv:2311.03099), UpIT's mutation: drop and rescale the task vectors, then sum them by weight.
+
+    Args:
+        drop_rate: p, in [0, 1); 0.2 is ours, not the paper's.
+    """
+
+    def __init__(self, drop_rate: float = 0.2) -> None:
+        check_drop_rate(self, drop_rate)
+        self.drop_rate = drop_rate
+
+    def __call__(self, tensors, weights, base, generators):
+        masks = [drop_mask(base.shape, self.drop_rate, generator) for generator in generators]
+        return dare_linear(tensors, weights, base, drop_rate=self.drop_rate, masks=masks)
+
+
+class DareTies(_Ties):
+    """DARE's random drop in place of TIES' trim, then TIES' signs (peft's ``dare_ties``).
+
+    Args:
+        drop_rate: p, in [0, 1); ours.
+    """
+
+    def __init__(self, drop_rate: float = 0.2) -> None:
+        check_drop_rate(self, drop_rate)
+        self.drop_rate = drop_rate
+
+    def __call__(self, tensors, weights, base, generators):
+        masks = [drop_mask(base.shape, self.drop_rate, generator) for generator in generators]
+        deltas = [
+            drop_and_rescale(task_vector(t, base), self.drop_rate, m) for t, m in zip(tensors, masks, strict=True)
+        ]
+        return self._disjoint(deltas, weights, base, tensors[0].dtype)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from upit.families import is_expert
@@ -37,6 +38,8 @@ class Expert:
     step: int = 0
     epoch: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
+    rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
 
     @cached_property
     def tensors(self) -> TensorFiles:
@@ -47,6 +50,11 @@ class Expert:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each expert tensor, in order of names."""
         return {name: self.tensors[name].shape for name in sorted(self.tensors) if is_expert(name)}
+
+    @property
+    def specs(self) -> Specs:
+        """Dtype and shape of each tensor, as :func:`write_expert` wants them."""
+        return {name: (self.tensors[name].dtype, shape) for name, shape in self.shapes.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, read from disk now."""
@@ -91,6 +99,25 @@ def write_expert(
     return digest.hexdigest()
 
 
+def _specs(tensors: Mapping[str, Tensor]) -> Specs:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write_once(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> str:
+    """Like :func:`write_expert`, but a file there already under this fingerprint is taken as it is.
+
+    Args:
+        tensors: not touched when the file is there, so give a generator.
+        fingerprint: of all that the tensors depend on, see :func:`upit.files.digest`.
+    Returns: the file's sha256.
+    """
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("fingerprint") == fingerprint:
+                return file_sha256(path)
+    return write_expert(path, tensors, specs, {"fingerprint": fingerprint})
+
+
 class Pool:
     """A directory of harvested experts and the base they started from.
 
@@ -117,22 +144,34 @@ class Pool:
     @property
     def base(self) -> Expert:
         """The model before instruction tuning, where task vectors start."""
-        return self._expert(self.manifest()["base"])
+        return self._expert(self.manifest()["base"], "base")
 
     @property
     def experts(self) -> list[Expert]:
         """Harvested experts, by step."""
         return [self._expert(entry) for entry in self.manifest()["experts"]]
 
-    def set_base(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_base(self, tensors: Mapping[str, Tensor], *, rest: Mapping[str, Tensor] | None = None) -> None:
         """Store the base; a new base forgets the experts of an older one."""
-        entry = self._write("base.safetensors", tensors, {"step": 0, "epoch": 0.0})
+        entry = self._write("base", tensors, rest, {"step": 0, "epoch": 0.0})
         write_json(self.manifest_file, {"version": 1, "base": entry, "experts": []})
 
-    def add(self, tensors: Mapping[str, Tensor], *, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Store the experts of a step; one already there is replaced (a resumed run harvests again)."""
+    def add(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        step: int,
+        epoch: float,
+        metrics: Mapping[str, float],
+        rest: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store the experts of a step; one already there is replaced (a resumed run harvests again).
+
+        Args:
+            rest: the model's other parameters, where they are wanted too.
+        """
         manifest = self.manifest()
-        entry = self._write(f"step_{step:07d}.safetensors", tensors, {"step": step, "epoch": epoch})
+        entry = self._write(f"step_{step:07d}", tensors, rest, {"step": step, "epoch": epoch})
         entry |= {"base": manifest["base"]["sha256"], "metrics": dict(metrics)}
         others = [other for other in manifest["experts"] if other["step"] != step]
         manifest["experts"] = sorted([*others, entry], key=lambda other: other["step"])
@@ -152,13 +191,19 @@ class Pool:
                         f"{expert.file}: tensor {name!r} has shape {own.get(name)}, the base has {shapes.get(name)}"
                     )
 
-    def _write(self, file: str, tensors: Mapping[str, Tensor], when: dict[str, Any]) -> dict[str, Any]:
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        sha256 = write_expert(self.directory / file, tensors.items(), specs)
+    def _write(
+        self, name: str, tensors: Mapping[str, Tensor], rest: Mapping[str, Tensor] | None, when: dict[str, Any]
+    ) -> dict[str, Any]:
+        file = f"{name}.safetensors"
+        sha256 = write_expert(self.directory / file, tensors.items(), _specs(tensors))
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        return {"file": file, **when, "sha256": sha256, "dtype": dtype}
+        entry = {"file": file, **when, "sha256": sha256, "dtype": dtype}
+        if rest:
+            entry["rest"] = f"{name}.rest.safetensors"
+            write_expert(self.directory / entry["rest"], rest.items(), _specs(rest))
+        return entry
 
-    def _expert(self, entry: Mapping[str, Any]) -> Expert:
+    def _expert(self, entry: Mapping[str, Any], kind: str = "harvested") -> Expert:
         return Expert(
             file=self.directory / entry["file"],
             sha256=entry["sha256"],
@@ -166,4 +211,6 @@ class Pool:
             step=entry["step"],
             epoch=entry["epoch"],
             metrics=entry.get("metrics", {}),
+            rest=self.directory / entry["rest"] if "rest" in entry else None,
+            origin={"kind": kind, "step": entry["step"], "epoch": entry["epoch"]},
         )

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from upit.distributed import all_sum, own_share, rank
+from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Example, collate, length_grouped
 from upit.families import is_expert
-from upit.files import read_json, write_json
+from upit.files import read_json, seeded, write_json
 from upit.forward import response_logits
 from upit.losses import example_losses
-from upit.pool import Expert
-from upit.seed_data import assign
+from upit.pool import Expert, write_expert
+from upit.seed_data import Assignment
 from upit.sharding import fill, full
 
 Autocast = Callable[[], AbstractContextManager]
@@ -33,6 +33,23 @@ def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
     for name, param in dense.named_parameters():
         if is_expert(name):
             fill(param, expert.get_slice(name))
+
+
+def write_ffn(dense: PreTrainedModel, path: Path, key: str) -> str:
+    """Write the FFN that stands in a dense model as an expert's file; a collective, one tensor at a time.
+
+    Args:
+        key: fingerprint of all that it depends on, kept in the file.
+    Returns: the file's sha256, on every rank.
+    """
+    params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
+    whole = ((name, full(param).cpu()) for name, param in params.items())
+    if rank() > 0:
+        for _ in whole:
+            pass
+        return str(broadcast(None))
+    specs = {name: (param.dtype, tuple(param.shape)) for name, param in params.items()}
+    return str(broadcast(write_expert(path, whole, specs, {"fingerprint": key})))
 
 
 @torch.no_grad()
@@ -96,65 +113,78 @@ class Seeds:
         return torch.bincount(self.expert_S, minlength=self.perplexity_SN.shape[1]).tolist()
 
 
-def score_seeds(
-    dense: PreTrainedModel,
-    experts: Sequence[Expert],
-    indices: Sequence[int],
-    data,
-    *,
-    capacity_factor: float | None,
-    file: Path,
-    autocast: Autocast = nullcontext,
-    track: Callable[[Iterable], Iterable] = lambda experts: experts,
-) -> Seeds:
-    """Perplexity of every expert on every seed example, and who gets which.
+class SeedScorer:
+    """Perplexity of experts on the seed examples; a collective.
 
-    ``file`` is rewritten after each expert, and a later call takes the finished ones from it: experts are known
-    by their sha256, the dense model's other weights by their fingerprint.
+    Each expert is scored once, known by its sha256. ``file`` is rewritten after each, and a later scorer takes from it
+    what was found under the same examples and the same other weights of the dense model.
 
     Args:
         dense: model in evaluation mode; its FFN is overwritten.
         indices: seed examples in ``data.train_set``.
         data: data module, for ``train_set`` and ``tokenizer``.
-        capacity_factor: see :func:`upit.seed_data.assign`.
         file: JSON with example ids, domains, perplexity per expert, and the assigned expert.
     """
-    rows = {index: data.train_set[index] for index in indices}
-    ids = [rows[index]["id"] for index in indices]
-    state = fingerprint(dense)
-    finished = _finished_columns(file, ids, state)
-    columns: dict[str, list[float]] = {}
-    for expert in track(experts):
-        if expert.sha256 in columns:
-            continue
-        if expert.sha256 in finished:
-            columns[expert.sha256] = finished[expert.sha256]
-            continue
-        load_expert(dense, expert)
-        loss_S, tokens_S = score_examples(
-            dense, indices, data.train_set, pad_id=data.tokenizer.pad_token_id, autocast=autocast
-        )
-        columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
+
+    def __init__(
+        self, dense: PreTrainedModel, indices: Sequence[int], data, *, file: Path, autocast: Autocast = nullcontext
+    ) -> None:
+        self.dense, self.data, self.file, self.autocast = dense, data, file, autocast
+        self.indices = list(indices)
+        self.rows = [data.train_set[index] for index in indices]
+        self.seen: dict[str, Any] = {
+            "state": fingerprint(dense),
+            "ids": [row["id"] for row in self.rows],
+            "columns": {},
+        }
+        if file.exists():
+            found = read_json(file)
+            if all(found[key] == self.seen[key] for key in ("state", "ids")):
+                self.seen["columns"] = found["columns"]
+
+    def perplexity(self, expert: Expert) -> list[float]:
+        """Perplexity of an expert on each seed example."""
+        columns = self.seen["columns"]
+        if expert.sha256 not in columns:
+            load_expert(self.dense, expert)
+            loss_S, tokens_S = score_examples(
+                self.dense,
+                self.indices,
+                self.data.train_set,
+                pad_id=self.data.tokenizer.pad_token_id,
+                autocast=self.autocast,
+            )
+            columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
+            if rank() == 0:
+                write_json(self.file, self.seen)
+        return columns[expert.sha256]
+
+    def losses(self, expert: Expert) -> Tensor:
+        """Mean response loss of an expert on each seed example, nats a token, (S,) float64."""
+        return torch.tensor(self.perplexity(expert), dtype=torch.float64).log()
+
+    def assign(
+        self,
+        experts: Sequence[Expert],
+        assignment: Assignment,
+        *,
+        seed: int = 0,
+        track: Callable[[Iterable], Iterable] = lambda experts: experts,
+    ) -> Seeds:
+        """Who gets which seed example; writes the whole of ``file``."""
+        columns = [self.perplexity(expert) for expert in track(experts)]
+        perplexity_SN = torch.tensor(columns, dtype=torch.float64).T
+        seeds = Seeds(self.indices, perplexity_SN, assignment(perplexity_SN, seeded(seed, "assignment")))
         if rank() == 0:
-            write_json(file, {"state": state, "ids": ids, "columns": columns})
-    perplexity_SN = torch.tensor([columns[expert.sha256] for expert in experts], dtype=torch.float64).T
-    expert_S = assign(perplexity_SN, capacity_factor=capacity_factor)
-    seeds = Seeds(list(indices), perplexity_SN, expert_S)
-    if rank() == 0:
-        examples = [
-            {"id": rows[i]["id"], "domain": rows[i]["domain"], "perplexity": perplexity, "expert": owner}
-            for i, perplexity, owner in zip(indices, perplexity_SN.tolist(), expert_S.tolist(), strict=True)
-        ]
-        seen = {"state": state, "ids": ids, "columns": columns}
-        write_json(file, {"examples": examples, "counts": seeds.counts, **seen})
-    return seeds
-
-
-def _finished_columns(file: Path, ids: list[str], state: str) -> dict[str, list[float]]:
-    if not file.exists():
-        return {}
-    found = read_json(file)
-    return found["columns"] if found["ids"] == ids and found["state"] == state else {}
+            examples = [
+                {"id": row["id"], "domain": row["domain"], "perplexity": perplexity, "expert": owner}
+                for row, perplexity, owner in zip(
+                    self.rows, perplexity_SN.tolist(), seeds.expert_S.tolist(), strict=True
+                )
+            ]
+            about = {"counts": seeds.counts, "assignment": assignment.describe()}
+            write_json(self.file, {"examples": examples, **about, **self.seen})
+        return seeds
 
 
 def fingerprint(dense: PreTrainedModel) -> str:

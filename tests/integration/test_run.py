@@ -13,6 +13,7 @@ from tests.conftest import every_step_checkpoints, make_callbacks, make_module, 
 from upit.examples import collate
 from upit.export import export_checkpoint
 from upit.forward import response_logits
+from upit.router_init import RoutingVectors
 
 
 def weights(path):
@@ -87,14 +88,12 @@ def test_resume_is_bitwise(finished, make_data, tmp_path, step):
 
 
 def test_killed_during_expansion_reuses_what_is_finished(finished, make_data, tmp_path, monkeypatch):
-    import callbacks.upcycling
-
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.upcycling, "initialise_router", killed)
+        patch.setattr(RoutingVectors, "__call__", killed)
         trainer = make_trainer(run, [*make_callbacks(report=False), every_step_checkpoints(run)])
         with pytest.raises(BaseException):  # noqa: B017, PT011
             trainer.fit(make_module(), datamodule=make_data())

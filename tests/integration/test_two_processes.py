@@ -36,7 +36,14 @@ def small_config(run: Path, cache: Path) -> dict:
                 {"class_path": "callbacks.ExpertHarvest", "init_args": {"every_n_steps": 2}},
                 {
                     "class_path": "callbacks.Upcycling",
-                    "init_args": {"at_step": 4, "seed_fraction": 0.1, "router_epochs": 1, "expert_lr": 1e-4},
+                    "init_args": {
+                        "at_step": 4,
+                        "seed_fraction": 0.1,
+                        "router": {
+                            "class_path": "upit.router_init.RoutingVectors",
+                            "init_args": {"epochs": 1, "expert_lr": 1e-4},
+                        },
+                    },
                 },
                 {"class_path": "callbacks.RunReport"},
             ],

@@ -1,12 +1,10 @@
-"""Router initialisation: routing vectors pre-optimised on each expert's own seed bucket (arXiv:2410.01610)."""
+"""UpIT's router initialisation: routing vectors pre-optimised on each expert's own seed bucket (arXiv:2410.01610)."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,98 +16,89 @@ from transformers import PreTrainedModel
 from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
 from upit.examples import IGNORE, PADDING, Example, collate
 from upit.families import is_expert
+from upit.files import digest
 from upit.forward import ffn_inputs_of, response_logits
 from upit.losses import response_loss
-from upit.pool import Expert, write_expert
-from upit.scoring import Autocast, Seeds, fingerprint, load_expert, to_device
-from upit.sharding import full
+from upit.pool import Expert
+from upit.router_init.base import RouterInit
+from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
+from upit.strategy import require_within
 
 
-@dataclass
-class RouterSettings:
-    """How the router is initialised; defaults and their sources stand at ``callbacks.Upcycling``."""
+class RoutingVectors(RouterInit):
+    """Routing vectors pre-optimised on each expert's own seed bucket (arXiv:2410.01610).
 
-    method: Literal["upit", "random"]
-    alpha: float
-    epochs: int
-    lr: float
-    expert_lr: float | None
-    batch_size: int
-    seed: int
-
-
-def initialise_router(
-    dense: PreTrainedModel,
-    experts: Sequence[Expert],
-    seeds: Seeds,
-    data,
-    *,
-    settings: RouterSettings,
-    directory: Path,
-    autocast: Autocast = nullcontext,
-    track: Callable[[Iterable], Iterable] = lambda experts: experts,
-) -> tuple[list[Expert], Tensor]:
-    """Routing vectors of all experts: row i of each layer's router weight is expert i's vector.
-
-    Every finished expert is kept in ``directory`` under a fingerprint of all it depends on, and reused.
+    ``L = alpha * L_lm + (1 - alpha) * BCE(sigmoid(h . r), 1)``, h the hidden state that enters the FFN. Every finished
+    expert is kept in ``directory`` under a fingerprint of all it depends on, and reused.
 
     Args:
-        dense: model in evaluation mode; its FFN is overwritten.
-        seeds: scored and assigned seed data.
-    Returns: the experts (trained along where ``settings.expert_lr`` is set) and ``router_DEH``, float32, on the CPU.
+        alpha, epochs: 0.5 and 4 are the paper's.
+        lr: of the vectors, AdamW; ours.
+        expert_lr: train each expert along with its vectors, at this rate; null trains the vectors alone, and then
+            ``L_lm`` has nothing to move. Ours; the paper's text can be read both ways.
+        batch_size: seed examples a step, over all ranks; ours.
     """
-    if settings.method == "random":
-        generator = torch.Generator().manual_seed(settings.seed)
-        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
-        return list(experts), torch.randn(
-            shape, generator=generator, dtype=torch.float32
-        ) * dense.config.initializer_range
-    state, done, vectors = fingerprint(dense), [], []
-    for i, expert in enumerate(track(experts)):
-        bucket = seeds.bucket(i)
-        key = hashlib.sha256(json.dumps([expert.sha256, bucket, asdict(settings), state]).encode()).hexdigest()
-        expert_i, vectors_DH = _initialise_expert(dense, i, expert, bucket, data, settings, directory, key, autocast)
-        done.append(expert_i)
-        vectors.append(vectors_DH)
-    return done, torch.stack(vectors, dim=1)
 
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        epochs: int = 4,
+        lr: float = 1e-3,
+        expert_lr: float | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        require_within(self, "alpha", alpha, 0.0, 1.0)
+        for field, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size), ("expert_lr", expert_lr)):
+            if value is not None and value <= 0:
+                raise ValueError(f"RoutingVectors.{field}={value} must be positive")
+        self.alpha = alpha
+        self.epochs = epochs
+        self.lr = lr
+        self.expert_lr = expert_lr
+        self.batch_size = batch_size
 
-def _initialise_expert(
-    dense, i: int, expert: Expert, bucket, data, settings: RouterSettings, directory: Path, key: str, autocast
-) -> tuple[Expert, Tensor]:
-    vector_file, expert_file = (
-        directory / f"vectors_{i:02d}.safetensors",
-        directory / f"expert_{i:02d}.safetensors",
-    )
-    if found := broadcast(_finished(vector_file, key)):
-        with safe_open(vector_file, "pt") as file:
-            tuned = replace(expert, file=expert_file, sha256=found) if settings.expert_lr else expert
-            return tuned, file.get_tensor("vectors")
-    load_expert(dense, expert)
-    vectors_DH = optimise_routing_vectors(
-        dense,
-        bucket,
-        data.train_set,
-        pad_id=data.tokenizer.pad_token_id,
-        alpha=settings.alpha,
-        epochs=settings.epochs,
-        lr=settings.lr,
-        expert_lr=settings.expert_lr,
-        batch_size=settings.batch_size,
-        seed=settings.seed + i,
-        autocast=autocast,
-    ).cpu()
-    sha256 = expert.sha256
-    if settings.expert_lr:
-        sha256 = str(broadcast(_write_tuned(dense, expert_file, key)))
-        expert = replace(expert, file=expert_file, sha256=sha256)
-    if rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        beside = vector_file.with_suffix(".tmp")
-        save_file({"vectors": vectors_DH}, beside, metadata={"key": key, "expert_sha256": sha256})
-        beside.replace(vector_file)
-    barrier()
-    return expert, vectors_DH
+    def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
+        state, done, vectors = fingerprint(dense), [], []
+        for i, expert in enumerate(track(experts)):
+            key = digest([expert.sha256, seeds.bucket(i), self.describe(), seed, state])
+            expert_i, vectors_DH = self._one(dense, i, expert, seeds.bucket(i), data, directory, key, seed, autocast)
+            done.append(expert_i)
+            vectors.append(vectors_DH)
+        return done, torch.stack(vectors, dim=1)
+
+    def _one(
+        self, dense, i: int, expert: Expert, bucket, data, directory: Path, key: str, seed: int, autocast
+    ) -> tuple[Expert, Tensor]:
+        """One expert and its routing vectors, (D, H): from disk, or optimised now."""
+        vector_file = directory / f"vectors_{i:02d}.safetensors"
+        expert_file = directory / f"expert_{i:02d}.safetensors"
+        if found := broadcast(_finished(vector_file, key)):
+            with safe_open(vector_file, "pt") as file:
+                tuned = replace(expert, file=expert_file, sha256=found) if self.expert_lr else expert
+                return tuned, file.get_tensor("vectors")
+        load_expert(dense, expert)
+        vectors_DH = optimise_routing_vectors(
+            dense,
+            bucket,
+            data.train_set,
+            pad_id=data.tokenizer.pad_token_id,
+            alpha=self.alpha,
+            epochs=self.epochs,
+            lr=self.lr,
+            expert_lr=self.expert_lr,
+            batch_size=self.batch_size,
+            seed=seed + i,
+            autocast=autocast,
+        ).cpu()
+        if self.expert_lr:
+            expert = replace(expert, file=expert_file, sha256=write_ffn(dense, expert_file, key))
+        if rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            beside = vector_file.with_suffix(".tmp")
+            save_file({"vectors": vectors_DH}, beside, metadata={"key": key, "expert_sha256": expert.sha256})
+            beside.replace(vector_file)
+        barrier()
+        return expert, vectors_DH
 
 
 def _finished(vector_file: Path, key: str) -> str | None:
@@ -119,19 +108,6 @@ def _finished(vector_file: Path, key: str) -> str | None:
     with safe_open(vector_file, "pt") as file:
         metadata = file.metadata()
     return metadata["expert_sha256"] if metadata["key"] == key else None
-
-
-def _write_tuned(dense: PreTrainedModel, path: Path, key: str) -> str | None:
-    """Write the FFN that stands in ``dense``; gathers one tensor at a time when sharded."""
-    params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
-    whole = ((name, full(param).cpu()) for name, param in params.items())
-    if rank() > 0:
-        for _ in whole:
-            pass
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    specs = {name: (param.dtype, tuple(param.shape)) for name, param in params.items()}
-    return write_expert(path, whole, specs, {"key": key})
 
 
 def routing_loss(ffn_inputs: Sequence[Tensor], vectors_DH: Tensor, mask_BT: Tensor, *, denominator: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from upit.distributed import on_rank_zero
+from upit.files import digest, seeded
+from upit.pool import Expert, ExpertFileError, Pool, write_once
+from upit.scoring import fingerprint, write_ffn
+from upit.similarity import Track, untracked
+from upit.strategy import Strategy, require_within
+from upit.tensor_files import TensorFiles
+
+
+class ExpertSource(Strategy):
+    """Gives the pool that expansion starts from."""
+
+    whole = True  # whether the experts come with the other parameters of their checkpoints
+
+    @abstractmethod
+    def experts(
+        self,
+        harvest: Pool,
+        dense: PreTrainedModel,
+        *,
+        num_experts: int,
+        output: Path,
+        seed: int = 0,
+        track: Track = untracked,
+    ) -> list[Expert]:
+        """The experts to start from; a collective, in which rank 0 writes.
+
+        Args:
+            harvest: the harvested pool.
+            dense: the model at the swap.
+            num_experts: experts that the MoE will have.
+            output: directory for experts that are made here.
+            track: wraps the tensor names of each, for a progress bar.
+        """
+
+    @abstractmethod
+    def count(self, harvested: int, num_experts: int) -> int:
+        """How many experts there will be when ``harvested`` checkpoints were; known before the run."""
+
+
+class Harvested(ExpertSource):
+    """The harvested checkpoints of the dense phase (UpIT, arXiv:2410.01610).
+
+    Args:
+        keep: which part of the run; the halves share the middle one of an odd number.
+        base: keep the model before instruction tuning as one expert, the first.
+    """
+
+    def __init__(self, keep: Literal["all", "first_half", "second_half"] = "all", base: bool = False) -> None:
+        self.keep = keep
+        self.base = base
+
+    def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
+        found = harvest.experts
+        kept = {
+            "all": found,
+            "first_half": found[: -(-len(found) // 2)],
+            "second_half": found[len(found) // 2 :],
+        }[self.keep]
+        return [harvest.base, *kept] if self.base else kept
+
+    def count(self, harvested, num_experts):
+        return self.base + (harvested if self.keep == "all" else -(-harvested // 2))
+
+
+class _Clones(ExpertSource):
+    """N experts made of the dense model at the swap."""
+
+    kind: str
+    whole = False
+
+    def alter(self, name: str, tensor: Tensor, *key: Any) -> Tensor:
+        """One tensor of one expert.
+
+        Args:
+            key: seed and number of the expert, for what is drawn.
+        """
+        return tensor
+
+    @property
+    def exact(self) -> bool:
+        """Whether all clones are the model itself, so that one file serves them all."""
+        return False
+
+    def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
+        file = output / "dense.safetensors"
+        sha256 = write_ffn(dense, file, fingerprint(dense))
+        original = Expert(file, sha256, str(dense.dtype).removeprefix("torch."))
+        return [self._clone(original, i, output, seed, track) for i in range(num_experts)]
+
+    def _clone(self, original: Expert, i: int, output: Path, seed: int, track: Track) -> Expert:
+        origin = {"kind": self.kind, "source": self.describe(), "copy": i}
+        if self.exact:
+            return Expert(original.file, original.sha256, original.dtype, origin=origin)
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in track(original.shapes, f"(copy {i + 1})"):
+                tensor = original.read(name)
+                yield name, self.alter(name, tensor.float(), seed, i).to(tensor.dtype)
+
+        path = output / f"{self.kind}_{i:02d}.safetensors"
+        key = digest([original.sha256, self.describe(), seed, i])
+        sha256 = on_rank_zero(lambda: write_once(path, tensors(), original.specs, key))
+        return Expert(path, sha256, original.dtype, origin=origin)
+
+    def count(self, harvested, num_experts):
+        return num_experts
+
+
+class Copies(_Clones):
+    """Copies of the dense model at the swap: vanilla upcycling (arXiv:2212.05055), or with noise.
+
+    Args:
+        noise_std: standard deviation of Gaussian noise on every expert, in units of each tensor's own standard
+            deviation; 0 gives plain copies.
+    """
+
+    kind = "copy"
+
+    def __init__(self, noise_std: float = 0.0) -> None:
+        if noise_std < 0:
+            raise ValueError(f"Copies.noise_std={noise_std} must not be negative")
+        self.noise_std = noise_std
+
+    @property
+    def exact(self):
+        return self.noise_std == 0
+
+    def alter(self, name, tensor, *key):
+        noise = torch.randn(tensor.shape, generator=seeded(*key, name), dtype=torch.float32)
+        return tensor + self.noise_std * tensor.std() * noise
+
+
+class DropUpcycling(_Clones):
+    """Copies with a random part of the intermediate dimensions drawn anew (Drop-Upcycling, arXiv:2502.19261).
+
+    Each expert draws its own dimensions in each layer. In gate, up and down projection alike their weights are
+    replaced by normal ones with the mean and standard deviation of the weights replaced.
+
+    Args:
+        ratio: part of the intermediate dimensions, in [0, 1]; 0.5 is that paper's.
+    """
+
+    kind = "drop_upcycling"
+
+    def __init__(self, ratio: float = 0.5) -> None:
+        require_within(self, "ratio", ratio, 0.0, 1.0)
+        self.ratio = ratio
+
+    def alter(self, name, tensor, *key):
+        layer, axis = name.rsplit(".", 2)[0], 1 if "down_proj" in name else 0
+        size = tensor.shape[axis]
+        drawn = torch.randperm(size, generator=seeded(*key, layer))[: int(self.ratio * size)]
+        old = tensor.index_select(axis, drawn)
+        new = torch.randn(old.shape, generator=seeded(*key, name), dtype=torch.float32) * old.std() + old.mean()
+        return tensor.index_copy(axis, drawn, new) if len(drawn) else tensor
+
+
+class Checkpoints(ExpertSource):
+    """Experts from elsewhere, such as domain experts of one base model (Branch-Train-MiX, arXiv:2403.07816).
+
+    Args:
+        paths: transformers directories with safetensors (sharded too), or pools harvested by another run, of which
+            every expert is taken. Their architecture must be the dense model's.
+    Raises: ValueError: no path is given, or one is neither.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        if not paths:
+            raise ValueError("Checkpoints.paths is empty: name transformers directories or harvested pools")
+        for path in paths:
+            if not _is_pool(Path(path)):
+                TensorFiles(Path(path))
+        self.paths = paths
+
+    def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
+        found: list[Expert] = []
+        for path in map(Path, self.paths):
+            own = _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
+            for expert in own:
+                _check_shapes(expert, harvest.base)
+            found += own
+        return found
+
+    def count(self, harvested, num_experts):
+        return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in map(Path, self.paths))
+
+
+def _is_pool(path: Path) -> bool:
+    return (path / "manifest.json").exists()
+
+
+def _experts_of_pool(path: Path) -> list[Expert]:
+    pool = Pool.load(path)
+    pool.verify()
+    return [replace(expert, origin={**expert.origin, "path": str(path)}) for expert in pool.experts]
+
+
+def _expert_of_model(path: Path) -> Expert:
+    """A checkpoint directory as an expert, known by its files' names, sizes and times."""
+    tensors = TensorFiles(path)
+    files = sorted({entry.file for entry in tensors.values()})
+    known = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return Expert(path, known, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
+
+
+def _check_shapes(expert: Expert, base: Expert) -> None:
+    """Raises: ExpertFileError: an expert's tensor is missing or has another shape than the dense model's."""
+    own, shapes = expert.shapes, base.shapes
+    for name in sorted(own.keys() | shapes.keys()):
+        if own.get(name) != shapes.get(name):
+            raise ExpertFileError(
+                f"{expert.file}: tensor {name!r} has shape {own.get(name)}, the dense model's has {shapes.get(name)}; "
+                "experts must share its architecture"
+            )

@@ -1,0 +1,83 @@
+"""Where the MoE's attention, norms and embeddings come from; the paper leaves it open."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from upit.families import is_expert
+from upit.pool import Expert, ExpertFileError, Rows
+from upit.sharding import local, local_slices
+from upit.strategy import Strategy
+from upit.tensor_files import TensorFiles
+
+
+class NonExperts(Strategy):
+    """Gives the MoE every parameter that is no expert's."""
+
+    of_pool = False  # whether the pool's experts must come with their other parameters
+
+    @abstractmethod
+    def fill(self, dense: PreTrainedModel, pool: Sequence[Expert]) -> None:
+        """Overwrite the dense model's non-expert parameters, each rank its own shard.
+
+        Args:
+            pool: the experts that expansion starts from.
+        """
+
+
+@torch.no_grad()
+def _overwrite(dense: PreTrainedModel, value: Callable[[str, tuple[slice, ...]], Tensor]) -> None:
+    for name, param in dense.named_parameters():
+        if not is_expert(name):
+            target = local(param)
+            target.copy_(value(name, local_slices(param)).to(target.device))
+
+
+def _rest_of(expert: Expert) -> Path:
+    if expert.rest is None:
+        raise ExpertFileError(
+            f"{str(expert.file)!r} was harvested without the parameters that are no expert's; there is no mean of them"
+        )
+    return expert.rest
+
+
+class Last(NonExperts):
+    """Of the dense model at the swap; default ours."""
+
+    def fill(self, dense, pool):
+        pass
+
+
+class Mean(NonExperts):
+    """The mean over the pool, as in Branch-Train-MiX (arXiv:2403.07816); the harvest then stores them too."""
+
+    of_pool = True
+
+    def fill(self, dense, pool):
+        sources = [TensorFiles(_rest_of(expert)) for expert in pool]
+
+        def mean(name: str, where: tuple[slice, ...]) -> Tensor:
+            return torch.stack([Rows(source, name)[where].float() for source in sources]).mean(0)
+
+        _overwrite(dense, mean)
+
+
+class Named(NonExperts):
+    """Of a checkpoint on disk.
+
+    Args:
+        path: transformers directory with safetensors, of the dense model's architecture.
+    Raises: ValueError: it holds no weights that can be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        TensorFiles(Path(path))
+        self.path = path
+
+    def fill(self, dense, pool):
+        source = TensorFiles(Path(self.path))
+        _overwrite(dense, lambda name, where: Rows(source, name)[where])

@@ -1,0 +1,59 @@
+"""What every router initialisation promises, and the random one."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from upit.pool import Expert
+from upit.scoring import Autocast, Seeds
+from upit.strategy import Strategy
+
+
+class RouterInit(Strategy):
+    """Where the router's weight comes from; works with experts from any source.
+
+    Row i of a layer's weight is expert i's. ``D`` layers, ``E`` experts, ``H`` hidden.
+    """
+
+    needs_seeds = True
+
+    @abstractmethod
+    def __call__(
+        self,
+        dense: PreTrainedModel,
+        experts: Sequence[Expert],
+        seeds: Seeds,
+        data,
+        *,
+        directory: Path,
+        seed: int = 0,
+        autocast: Autocast = nullcontext,
+        track: Callable[[Iterable], Iterable] = lambda experts: experts,
+    ) -> tuple[list[Expert], Tensor]:
+        """Initialise the router; a collective.
+
+        Args:
+            dense: model in evaluation mode; its FFN is overwritten.
+            seeds: scored and assigned seed data; None will do where ``needs_seeds`` is False.
+            data: data module, for ``train_set`` and ``tokenizer``.
+            directory: for what is worth keeping of an interrupted initialisation.
+            track: wraps the work, for a progress bar.
+        Returns: the experts, which may have been trained along, and ``router_DEH``, float32, on the CPU.
+        """
+
+
+class Random(RouterInit):
+    """Stock transformers' own: normal, with the config's ``initializer_range`` (the paper's "no initialisation")."""
+
+    needs_seeds = False
+
+    def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
+        generator = torch.Generator().manual_seed(seed)
+        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
+        router_DEH = torch.randn(shape, generator=generator, dtype=torch.float32) * dense.config.initializer_range
+        return list(experts), router_DEH

@@ -1,0 +1,109 @@
+"""How alike two experts are, by their parameters or by what they get wrong; the paper leaves the measure open.
+
+``M`` experts so far. Every measure is made from inner products, so a new expert adds one row of them.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from upit.merging import task_vector
+from upit.pool import Expert
+from upit.strategy import Strategy
+
+Track = Callable[..., Iterable]
+Score = Callable[[Expert], Tensor]  # losses of an expert on the seed examples, (S,); a collective
+
+
+def untracked(names: Iterable, what: str = "") -> Iterable:
+    return names
+
+
+class Similarity(Strategy):
+    """A measure of similarity between experts; higher is more alike."""
+
+    needs_losses = False
+
+    @abstractmethod
+    def products(
+        self,
+        experts: Sequence[Expert],
+        new: int,
+        base: Expert,
+        *,
+        score: Score | None = None,
+        track: Track = untracked,
+    ) -> Tensor:
+        """Inner products of the last ``new`` experts with all of them, (new, M) float64."""
+
+    @abstractmethod
+    def matrix(self, products: Tensor) -> Tensor:
+        """Similarities, (M, M), from all inner products."""
+
+
+def cosine(products: Tensor) -> Tensor:
+    """Cosine similarity; a zero vector is similar to nothing but itself."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    return (products / (norms[:, None] * norms[None, :]).clamp(min=1e-30)).fill_diagonal_(1.0)
+
+
+def negative_distance(products: Tensor) -> Tensor:
+    """Minus the Euclidean distance; 0 for equal vectors."""
+    squares = products.diagonal()
+    return -(squares[:, None] + squares[None, :] - 2 * products).clamp(min=0).sqrt()
+
+
+class _OfParameters(Similarity):
+    """Of all expert parameters; streams tensor by tensor and reads each expert once."""
+
+    against: Literal["base", "zero"] = "base"
+
+    def products(self, experts, new, base, *, score=None, track=untracked):
+        total = torch.zeros(new, len(experts), dtype=torch.float64)
+        for name in track(base.shapes, "(similarity)"):
+            origin = base.read(name) if self.against == "base" else torch.zeros((), dtype=torch.float32)
+            vectors = torch.stack([task_vector(expert.read(name), origin).flatten() for expert in experts])
+            total += (vectors[-new:] @ vectors.T).double()
+        return total
+
+
+class Cosine(_OfParameters):
+    """Cosine of the experts' task vectors over all their parameters; default ours, not the paper's.
+
+    Args:
+        against: "base" compares the task vectors, "zero" the parameters themselves.
+    """
+
+    def __init__(self, against: Literal["base", "zero"] = "base") -> None:
+        self.against = against
+
+    def matrix(self, products):
+        return cosine(products)
+
+
+class Euclidean(_OfParameters):
+    """Minus the Euclidean distance of the experts' parameters, which is that of their task vectors."""
+
+    def matrix(self, products):
+        return negative_distance(products)
+
+
+class Functional(Similarity):
+    """Agreement in function: minus the root mean square difference of two experts' losses over the seed examples.
+
+    Losses are in nats a response token. Scores every expert and every new child on the seed data.
+    """
+
+    needs_losses = True
+
+    def products(self, experts, new, base, *, score=None, track=untracked):
+        if score is None:
+            raise ValueError("similarity Functional compares losses on seed data, and there is no model to score here")
+        losses_MS = torch.stack([score(expert) for expert in track(experts, "(similarity)")]).double()
+        return losses_MS[-new:] @ losses_MS.T / losses_MS.shape[1]
+
+    def matrix(self, products):
+        return negative_distance(products)
