@@ -1,6 +1,7 @@
-"""``upit fit | validate | test | predict | export``: the command line. The only part of upit that knows lightning."""
+"""``upit fit | validate | ... | upcycle``: the command line. The only part of upit that knows lightning."""
 
 import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ SUBCOMMANDS = {
     "test": "exact match per domain of a dense or MoE checkpoint",
     "predict": "answer the prompts of a JSONL file",
     "export": "write a checkpoint's model in stock transformers format",
+    "upcycle": "assemble dense checkpoints into a MoE, without a trainer",
 }
+STAGES = ("upcycle",)  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
 
 
@@ -24,6 +27,8 @@ def main(args: list[str] | None = None) -> None:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
         _export(args[1:])
+    elif command in STAGES:
+        _stage(command, args[1:])
     else:
         _train(given)
 
@@ -56,6 +61,28 @@ def _export(args: list[str]) -> None:
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         parser.error(str(error))
     print(f"Exported to {output}")
+
+
+def _stage(command: str, args: list[str]) -> None:
+    """Run one of :mod:`upit.stages`, its arguments given as flags or in a ``--config`` file."""
+    from upit import stages
+
+    function = getattr(stages, command.replace("-", "_"))
+    if not args or {"-h", "--help"} & set(args):
+        defaults = {name: field.default for name, field in inspect.signature(function).parameters.items()}
+        said = ", ".join(f"{name} {value}" for name, value in defaults.items() if value not in (inspect._empty, None))
+        print(f"usage: upit {command} [--config FILE.yaml] [--KEY VALUE ...]\n\n{inspect.getdoc(function)}\n")
+        print(
+            f"Defaults: {said}. A list is '[A, B]'; a strategy its class's name, its arguments --KEY.ARGUMENT VALUE."
+        )
+        return
+    from jsonargparse import auto_cli
+
+    args = ["--overwrite=true" if arg == "--overwrite" else arg for arg in args]
+    try:
+        auto_cli(function, args=args, as_positional=False, prog=f"upit {command}", parser_mode="yaml")
+    except (OSError, ValueError) as error:
+        sys.exit(f"upit {command}: error: {error}")
 
 
 def _train(args: list[str] | None) -> None:

@@ -188,7 +188,7 @@ class Checkpoints(ExpertSource):
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         found: list[Expert] = []
         for path in map(Path, self.paths):
-            own = _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
+            own = experts_at(path)
             for expert in own:
                 _check_shapes(expert, harvest.base)
             found += own
@@ -200,6 +200,14 @@ class Checkpoints(ExpertSource):
 
 def _is_pool(path: Path) -> bool:
     return (path / "manifest.json").exists()
+
+
+def experts_at(path: Path) -> list[Expert]:
+    """The experts of a pool, or the one that is a transformers directory.
+
+    Raises: ExpertFileError: the path is neither, or a file is broken.
+    """
+    return _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
 
 
 def _experts_of_pool(path: Path) -> list[Expert]:

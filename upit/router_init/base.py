@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from upit.pool import Expert
 from upit.scoring import Autocast, Seeds
@@ -53,7 +53,10 @@ class Random(RouterInit):
     needs_seeds = False
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
+        return list(experts), self.weights(dense.config, len(experts), seed=seed)
+
+    def weights(self, dense: PretrainedConfig, num_experts: int, *, seed: int = 0) -> Tensor:
+        """``router_DEH``, which needs no more than the dense model's config."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
-        router_DEH = torch.randn(shape, generator=generator, dtype=torch.float32) * dense.config.initializer_range
-        return list(experts), router_DEH
+        shape = (dense.num_hidden_layers, num_experts, dense.hidden_size)
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * dense.initializer_range
