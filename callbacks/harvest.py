@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from typing_extensions import override
 
 from callbacks.protocol import require_upcycling
+from upit.distance import distance_from
 from upit.distributed import barrier, rank
 from upit.families import is_expert
 from upit.pool import Pool
@@ -28,8 +29,11 @@ class ExpertHarvest(Callback):
         every_n_epochs: interval in epochs; 0.25 is the paper's. Used when neither of the others is given.
         every_n_steps: interval in optimizer steps.
         at_steps: explicit optimizer steps.
+        min_distance: harvest adaptively: skip a point until the experts have moved this far since the last harvest,
+            relative to their norm (ours; :func:`upit.distance.distance_from`, logged as ``harvest/distance``). The
+            points above are then how often to look, and the last one before the swap is never skipped.
         dtype: of the files; default the parameters' own.
-    Raises: ValueError: an interval is not positive, or two kinds of points are given.
+    Raises: ValueError: an interval or the distance is not positive, or two kinds of points are given.
     """
 
     def __init__(
@@ -37,11 +41,13 @@ class ExpertHarvest(Callback):
         every_n_epochs: float = 0.25,
         every_n_steps: int | None = None,
         at_steps: list[int] | None = None,
+        min_distance: float | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         if every_n_steps is not None and at_steps is not None:
             raise ValueError("give one of every_n_steps and at_steps, not both")
-        for field, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+        positive = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "min_distance": min_distance}
+        for field, value in positive.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{field}={value} must be positive")
         if at_steps is not None and (not at_steps or min(at_steps) < 1):
@@ -49,9 +55,11 @@ class ExpertHarvest(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.at_steps = at_steps
+        self.min_distance = min_distance
         self.dtype = DTYPES[dtype] if dtype else None
         self.keep_rest = False  # set by Upcycling where the other parameters are wanted from the pool
         self.last_step = 0
+        self.seen_step = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._pending: list[Future] = []
 
@@ -82,8 +90,21 @@ class ExpertHarvest(Callback):
         if self._points is None:  # the swap is planned by now
             until = pl_module.swap_step or pl_module.total_steps()
             self._points = self.points(until=until, steps_per_epoch=pl_module.steps_per_epoch())
-        if any(self.last_step < point <= trainer.global_step for point in self._points):
-            self._save(trainer, pl_module, step=trainer.global_step)
+        step = trainer.global_step
+        if not any(self.seen_step < point <= step for point in self._points):
+            return
+        self.seen_step = step
+        last = step >= self._points[-1]
+        if last or self.min_distance is None or self._distance(pl_module) >= self.min_distance:
+            self._save(trainer, pl_module, step=step)
+
+    def _distance(self, module) -> float:
+        """How far the experts are from the last harvested; a collective."""
+        self.drain()
+        barrier()
+        distance = distance_from(module.lm, Pool.load(self.directory).at_step(self.last_step))
+        module.log("harvest/distance", distance, batch_size=1, rank_zero_only=True)
+        return distance
 
     def _save(self, trainer, pl_module, *, step: int) -> None:
         tensors: dict[str, torch.Tensor] = {}
@@ -140,8 +161,9 @@ class ExpertHarvest(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step}
+        return {"last_step": self.last_step, "seen_step": self.seen_step}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_step = state_dict["last_step"]
+        self.seen_step = state_dict["seen_step"]

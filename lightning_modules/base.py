@@ -16,8 +16,8 @@ from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.evaluation import Scores, answer_budget, evaluate, greedy_answers
 from upit.examples import IGNORE, PADDING, Batch
-from upit.forward import response_logits
-from upit.losses import example_losses
+from upit.forward import response_losses
+from upit.losses import grouped_losses
 from upit.models import build
 from upit.sharding import shard
 
@@ -33,7 +33,8 @@ class CausalLMModule(L.LightningModule):
         betas: of AdamW.
         schedule: of the learning rate, over the steps of this module's own phase.
         warmup_fraction: part of the phase's steps in which the rate rises linearly.
-        compile: compile each decoder layer in place (keys stay; layers share one graph).
+        compile: compile each decoder layer in place (keys stay; layers share one graph), for training steps only:
+            validation and generation meet many shapes and run eagerly.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
         trust_remote_code: allow model code that comes with the weights.
         max_new_tokens: longest generated answer; default by the reference's length, 256 where there is none.
@@ -119,6 +120,7 @@ class CausalLMModule(L.LightningModule):
         if self.compile_layers:
             for layer in model.model.layers:
                 layer.compile()
+            torch.compiler.set_stance("force_eager")  # but for training_step
         model.train()
 
     def autocast(self) -> AbstractContextManager:
@@ -129,22 +131,18 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, terms = self.active.objective(batch)
+        with torch.compiler.set_stance("default"):
+            loss, terms = self.active.objective(batch)
         self.log("train/loss", terms["lm_loss"], prog_bar=True, sync_dist=True)
         for name, value in terms.items():
             self.log(f"{self.active.phase}/{name}", value, sync_dist=True)
         return loss
 
-    def response_terms(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits and targets of the response tokens, and their number a rank: the sum over ranks / world size.
-
-        Dividing a rank's summed loss by that number makes the mean over ranks the mean over all tokens.
-        """
-        logits_LV, targets_L, _ = response_logits(self.lm, batch)
-        count = (
-            all_sum(torch.tensor(float(len(targets_L)), dtype=torch.float32, device=logits_LV.device)) / world_size()
-        )
-        return logits_LV, targets_L, count.clamp(min=1.0)
+    def lm_loss(self, batch: Batch) -> Tensor:
+        """Mean cross entropy of the response tokens; the mean over ranks is that of all the ranks' tokens."""
+        losses_L, targets_L, _ = response_losses(self.lm, batch)
+        count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
+        return losses_L.sum() / count.clamp(min=1.0)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -160,14 +158,11 @@ class CausalLMModule(L.LightningModule):
 
     def _domain_losses(self, batch: Batch, data) -> tuple[Tensor, Tensor]:
         """Summed response loss and token count of each domain in a held-out batch."""
-        logits_LV, targets_L, ids_L = response_logits(self.lm, batch)
+        losses_L, targets_L, ids_L = response_losses(self.lm, batch)
         domains_L = [data.domains.index(data.heldout_set[i]["domain"]) for i in ids_L.tolist()]
-        return example_losses(
-            logits_LV=logits_LV,
-            targets_L=targets_L,
-            example_ids_L=torch.tensor(domains_L, device=logits_LV.device, dtype=torch.long),
-            num_examples=len(data.domains),
-        )
+        groups_L = torch.tensor(domains_L, device=losses_L.device, dtype=torch.long)
+        num_domains = len(data.domains)
+        return grouped_losses(losses_L=losses_L, targets_L=targets_L, groups_L=groups_L, num_groups=num_domains)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -8,7 +8,6 @@ from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
 from upit.examples import Batch
-from upit.losses import response_loss
 from upit.models import build, check_tokenizer, load_pretrained, scratch_config
 
 
@@ -42,6 +41,5 @@ class DenseModule(CausalLMModule):
 
     @override
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_LV, targets_L, count = self.response_terms(batch)
-        loss = response_loss(logits_LV=logits_LV, targets_L=targets_L, denominator=count)
+        loss = self.lm_loss(batch)
         return loss, {"lm_loss": loss.detach()}

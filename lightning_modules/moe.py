@@ -8,8 +8,8 @@ from lightning_modules.base import CausalLMModule, mask_of
 from upit.distributed import all_sum, world_size
 from upit.examples import Batch
 from upit.families import check_top_k
-from upit.forward import router_logits_of
-from upit.losses import load_balancing_loss, response_loss
+from upit.forward import last_routing
+from upit.losses import load_balancing_loss
 from upit.models import check_tokenizer, load_pretrained
 
 
@@ -50,12 +50,11 @@ class MoEModule(CausalLMModule):
 
     @override
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with router_logits_of(self.lm) as router_logits:
-            logits_LV, targets_L, count = self.response_terms(batch)
-        lm_loss = response_loss(logits_LV=logits_LV, targets_L=targets_L, denominator=count)
+        lm_loss = self.lm_loss(batch)
+        router_logits_DTE, expert_ids_DTK = last_routing(self.lm)
         balance = load_balancing_loss(
-            router_logits=router_logits,
-            top_k=self.lm.config.num_experts_per_tok,
+            router_logits_DTE=router_logits_DTE,
+            expert_ids_DTK=expert_ids_DTK,
             mask_T=mask_of(batch),
             reduce_counts=all_sum,
             world_size=world_size(),

@@ -1,6 +1,7 @@
 """Tokenised examples and the one batch format that every stage shares.
 
-Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, all (B, T):
+Shapes: ``B`` rows, ``T`` tokens a row, ``S`` sequences a row. A batch is a dict of tensors, int64 and (B, T) but for
+the last two:
 
 - ``input_ids``: tokens; padding holds the tokenizer's pad id.
 - ``labels``: the token itself where it belongs to a response, else ``IGNORE``. Not shifted.
@@ -8,6 +9,11 @@ Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, all 
 - ``example_ids``: index of the token's example in its dataset; ``PADDING`` where there is no token. It says
   which tokens may attend to each other, which tokens count for the balance of experts, and which example
   a token's loss belongs to, whether rows are packed or padded.
+- ``lengths``: int32 (B, S), tokens of each example of a row, then of its padding, then zeros up to a round S.
+- ``predictors``: (L,), where in the flattened batch a token predicts a response token.
+
+The last two follow from the others; they are worked out here, on the host, so that a training step need not wait for
+the device to learn a shape. S is round, so that compiled layers meet few shapes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +24,7 @@ from torch import Tensor
 
 IGNORE = -100
 PADDING = -1
+ROUND_SEQUENCES = 16
 
 Batch = dict[str, Tensor]
 
@@ -78,7 +85,17 @@ def collate(
             batch["position_ids"][b, start:end] = torch.arange(end - start)
             batch["example_ids"][b, start:end] = index
             start = end
+    sequences = [[len(example["input_ids"]) for _, example in row] for row in examples]
+    batch["lengths"] = _padded_lengths(sequences, length)
+    batch["predictors"] = (batch["labels"].flatten()[1:] != IGNORE).nonzero().flatten()
     return batch
+
+
+def _padded_lengths(sequences: list[list[int]], length: int) -> Tensor:
+    rows = [[*row, length - sum(row)] for row in sequences]
+    most = max(map(len, rows))
+    width = most + -most % ROUND_SEQUENCES
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
 
 
 def length_grouped(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int], *, max_tokens: int):

@@ -15,7 +15,7 @@ from upit.files import digest, seeded
 from upit.pool import Expert, ExpertFileError, Pool, write_once
 from upit.scoring import fingerprint, write_ffn
 from upit.similarity import Track, untracked
-from upit.strategy import Strategy, require_within
+from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles
 
 
@@ -150,13 +150,14 @@ class DropUpcycling(_Clones):
     replaced by normal ones with the mean and standard deviation of the weights replaced.
 
     Args:
-        ratio: part of the intermediate dimensions, in [0, 1]; 0.5 is that paper's.
+        ratio: part of the intermediate dimensions, in (0, 1]; 0.5 is that paper's.
     """
 
     kind = "drop_upcycling"
 
     def __init__(self, ratio: float = 0.5) -> None:
-        require_within(self, "ratio", ratio, 0.0, 1.0)
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(f"DropUpcycling.ratio={ratio} must lie in (0, 1]")
         self.ratio = ratio
 
     def alter(self, name, tensor, *key):
@@ -165,7 +166,7 @@ class DropUpcycling(_Clones):
         drawn = torch.randperm(size, generator=seeded(*key, layer))[: int(self.ratio * size)]
         old = tensor.index_select(axis, drawn)
         new = torch.randn(old.shape, generator=seeded(*key, name), dtype=torch.float32) * old.std() + old.mean()
-        return tensor.index_copy(axis, drawn, new) if len(drawn) else tensor
+        return tensor.index_copy(axis, drawn, new)
 
 
 class Checkpoints(ExpertSource):

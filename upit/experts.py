@@ -1,18 +1,24 @@
 """The experts' forward: one grouped product over all experts, in the dtype that autocast asks for.
 
-Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``H`` hidden, ``I`` intermediate.
-Registered in transformers' experts interface, so any MoE with fused experts can use it.
+Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``H`` hidden, ``I`` inner.
+Registered in transformers' experts interface, so any MoE with fused experts can use it:
+``model.set_experts_implementation("upit_grouped")``.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upit.attention import HALF, compute_dtype
+
 NAME = "upit_grouped"
+HAS_TRITON = find_spec("triton") is not None
 
 
 def use(model: PreTrainedModel) -> None:
@@ -24,7 +30,7 @@ def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: 
     """Dropless experts: sort assignments by expert, two grouped products, weighted sum per token.
 
     The stock grouped forward leaves fp32 weights in fp32 under autocast; this one casts them, as every
-    ``nn.Linear`` does.
+    ``nn.Linear`` does. On GPUs, SwiGLU experts in half precision run :mod:`upit.kernels`.
 
     Args:
         self: module with ``gate_up_proj`` (E, 2I, H), ``down_proj`` (E, H, I) and ``act_fn``.
@@ -32,23 +38,34 @@ def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: 
         expert_ids_TK, weights_TK: the router's choice and its weights.
     Returns: (T, H), dtype of ``x_TH``.
     """
-    device = x_TH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gate_up_proj.dtype
+    dtype = compute_dtype(x_TH)
+    inputs = (x_TH.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype), expert_ids_TK, weights_TK)
+    if x_TH.is_cuda and HAS_TRITON and dtype in HALF and isinstance(self.act_fn, nn.SiLU | SiLUActivation):
+        from upit.kernels import experts
+
+        return experts(*inputs)[0].to(x_TH.dtype)
+    return plain_experts(*inputs, act_fn=self.act_fn).to(x_TH.dtype)
+
+
+@torch.compiler.disable  # grouped products of float32 can't be traced
+def plain_experts(
+    x_TH: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, *, act_fn
+) -> Tensor:
+    """The same in plain torch: any device, dtype and activation; the kernels' reference."""
     num_tokens, top_k = expert_ids_TK.shape
     expert_ids_N = expert_ids_TK.reshape(-1)
     order_N = torch.argsort(expert_ids_N, stable=True)
-    counts_E = torch.zeros(self.gate_up_proj.shape[0], dtype=torch.int64, device=x_TH.device)
+    counts_E = torch.zeros(len(gate_up_EJH), dtype=torch.int64, device=x_TH.device)
     counts_E.scatter_add_(0, expert_ids_N, torch.ones_like(expert_ids_N))
     ends_E = counts_E.cumsum(0).to(torch.int32)
 
-    sorted_NH = x_TH.to(dtype)[order_N // top_k]
-    gate_up = F.grouped_mm(sorted_NH, self.gate_up_proj.to(dtype).transpose(1, 2), offs=ends_E)
-    gate_NI, up_NI = gate_up.chunk(2, dim=-1)
-    out_NH = F.grouped_mm(self.act_fn(gate_NI) * up_NI, self.down_proj.to(dtype).transpose(1, 2), offs=ends_E)
+    gate_up_NJ = F.grouped_mm(x_TH[order_N // top_k], gate_up_EJH.transpose(1, 2), offs=ends_E)
+    gate_NI, up_NI = gate_up_NJ.chunk(2, dim=-1)
+    out_NH = F.grouped_mm(act_fn(gate_NI) * up_NI, down_EHI.transpose(1, 2), offs=ends_E)
 
     unsorted_NH = torch.empty_like(out_NH).index_copy(0, order_N, out_NH)
     weighted = unsorted_NH.view(num_tokens, top_k, -1) * weights_TK.unsqueeze(-1)
-    return weighted.sum(dim=1).to(x_TH.dtype)
+    return weighted.sum(dim=1)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_forward)

@@ -1,67 +1,105 @@
-"""Forward passes that every stage shares: response logits, per-example losses, and taps on the FFN's input."""
+"""Forward passes that every stage shares: response states, logits and losses, and taps on the FFN's input."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from upit.examples import IGNORE, Batch, block_causal_mask
+from upit.attention import compute_dtype, packed_mask
+from upit.examples import Batch
 from upit.families import ROUTER
 
+HEAD_TOKENS = 2048
 
-def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the response tokens only; the head never sees the other positions.
+
+def response_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Final hidden states where a response token is predicted; the head is left for the caller to apply.
 
     Args:
         model: a causal LM of transformers with an ``lm_head``.
         batch: see :mod:`upit.examples`.
-    Returns: ``logits_LV``, ``targets_L``, ``example_ids_L`` for the L response tokens of the batch.
+    Returns: ``states_LH``, ``targets_L``, ``example_ids_L`` for the L response tokens of the batch; a target is
+        ``IGNORE`` where the batch's labels were masked after it was collated.
     """
-    keep_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    keep_BT[:, :-1] = batch["labels"][:, 1:] != IGNORE
-    select = model.lm_head.register_forward_pre_hook(lambda _, args: (args[0][keep_BT],))
+    body: Any = model.model
+    states: list[Tensor] = []
+    keep = body.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
     try:
-        logits_LV = model(
+        model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=block_causal_mask(batch, window=getattr(model.config, "sliding_window", None)),
+            attention_mask=packed_mask(
+                batch, compute_dtype(next(model.parameters())), window=getattr(model.config, "sliding_window", None)
+            ),
             use_cache=False,
-        ).logits
+            logits_to_keep=batch["input_ids"].new_empty(0),  # the head gets nothing to do
+        )
     finally:
-        select.remove()
-    return logits_LV, batch["labels"][:, 1:][keep_BT[:, :-1]], batch["example_ids"][keep_BT]
+        keep.remove()
+    at_L = batch["predictors"]
+    return states[0].flatten(0, 1)[at_L], batch["labels"].flatten()[at_L + 1], batch["example_ids"].flatten()[at_L]
+
+
+def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """``logits_LV``, ``targets_L``, ``example_ids_L`` of the response tokens; see :func:`response_states`."""
+    states_LH, targets_L, example_ids_L = response_states(model, batch)
+    return model.lm_head(states_LH), targets_L, example_ids_L
+
+
+def response_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of each response token, ``losses_L`` in float32 nats, ``targets_L``, ``example_ids_L``.
+
+    The vocabulary's logits exist for ``HEAD_TOKENS`` tokens at a time and are computed again in the backward pass.
+    A target of ``IGNORE`` has no loss.
+    """
+    states_LH, targets_L, example_ids_L = response_states(model, batch)
+    chunks = [
+        checkpoint(_head_losses, model.lm_head, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(states_LH.split(HEAD_TOKENS), targets_L.split(HEAD_TOKENS), strict=True)
+    ]
+    return torch.cat(chunks), targets_L, example_ids_L
+
+
+def _head_losses(head: torch.nn.Module, states_LH: Tensor, targets_L: Tensor) -> Tensor:
+    return F.cross_entropy(head(states_LH).float(), targets_L, reduction="none")
 
 
 def moe_routers(model: PreTrainedModel) -> list:
     """The router of each MoE layer, in order."""
-    return [layer.get_submodule(ROUTER) for layer in model.model.layers]
+    body: Any = model.model
+    return [layer.get_submodule(ROUTER) for layer in body.layers]
 
 
-@contextmanager
-def router_logits_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect router logits, one (tokens, experts) tensor a layer, of the forward passes within."""
-    logits: list[Tensor] = []
+def record_routing(model: PreTrainedModel) -> None:
+    """Let every router keep what it said last as ``last_logits`` (T, E) and ``last_experts`` (T, K).
 
-    def collect(_, __, output):
-        logits.append(output[0])
+    An attribute, not a list that a passing hook fills: compiled layers keep writing to it.
+    """
+    for router in moe_routers(model):
+        router.register_forward_hook(_keep_routing)
 
-    handles = [router.register_forward_hook(collect) for router in moe_routers(model)]
-    try:
-        yield logits
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def _keep_routing(router, _, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    router.last_logits, _, router.last_experts = output
+
+
+def last_routing(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Of the last forward pass: router logits (D, T, E) and chosen experts (D, T, K), layer by layer."""
+    routers = moe_routers(model)
+    return torch.stack([r.last_logits for r in routers]), torch.stack([r.last_experts for r in routers])
 
 
 @contextmanager
 def ffn_inputs_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Collect the hidden states that enter each FFN, one (B, T, H) tensor a layer, of the passes within."""
     inputs: list[Tensor] = []
-    handles = [
-        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in model.model.layers
-    ]
+    body: Any = model.model
+    handles = [layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in body.layers]
     try:
         yield inputs
     finally:

@@ -1,31 +1,23 @@
-"""Losses as functions of tensors. ``L`` response tokens, ``V`` vocabulary, ``T`` tokens, ``E`` experts."""
+"""Losses as functions of tensors. ``L`` response tokens, ``D`` layers, ``T`` tokens, ``E`` experts, ``K`` chosen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def response_loss(*, logits_LV: Tensor, targets_L: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Cross entropy summed over the response tokens, in float32, over ``denominator`` (default L)."""
-    total = F.cross_entropy(logits_LV.float(), targets_L, reduction="sum")
-    return total / (max(1, len(targets_L)) if denominator is None else denominator)
+from upit.examples import IGNORE
 
 
-def example_losses(
-    *, logits_LV: Tensor, targets_L: Tensor, example_ids_L: Tensor, num_examples: int
-) -> tuple[Tensor, Tensor]:
-    """Summed response loss (nats) and number of response tokens of each example, two float32 (num_examples,)."""
-    loss_L = F.cross_entropy(logits_LV.float(), targets_L, reduction="none")
-    empty = torch.zeros(num_examples, dtype=torch.float32, device=logits_LV.device)
-    return empty.index_add(0, example_ids_L, loss_L), empty.index_add(0, example_ids_L, torch.ones_like(loss_L))
+def grouped_losses(*, losses_L: Tensor, targets_L: Tensor, groups_L: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of response tokens of each group (an example, a domain), two float32 (num_groups,)."""
+    empty = torch.zeros(num_groups, dtype=torch.float32, device=losses_L.device)
+    return empty.index_add(0, groups_L, losses_L), empty.index_add(0, groups_L, (targets_L != IGNORE).float())
 
 
 def load_balancing_loss(
     *,
-    router_logits: Sequence[Tensor],
-    top_k: int,
+    router_logits_DTE: Tensor,
+    expert_ids_DTK: Tensor,
     mask_T: Tensor | None = None,
     reduce_counts: Callable[[Tensor], Tensor] | None = None,
     world_size: int = 1,
@@ -37,23 +29,23 @@ def load_balancing_loss(
     to 1, not to top_k.
 
     Args:
-        router_logits: one (T, E) tensor a layer.
-        top_k: experts a token.
+        router_logits_DTE: of each layer.
+        expert_ids_DTK: the K experts of each token.
         mask_T: True for tokens that count; default all.
         reduce_counts: sums a tensor over the ranks in place of this rank's; the mean over ranks of what is returned is
             then the loss of all their tokens together, and so are the gradients.
         world_size: number of ranks that ``reduce_counts`` sums over.
     Returns: scalar; 1.0 at perfect balance.
     """
-    probs_DTE = torch.stack(tuple(router_logits)).float().softmax(-1)
+    probs_DTE = router_logits_DTE.float().softmax(-1)
     num_layers, num_tokens, num_experts = probs_DTE.shape
+    top_k = expert_ids_DTK.shape[-1]
     weight_T = (
         torch.ones(num_tokens, dtype=torch.float32, device=probs_DTE.device) if mask_T is None else mask_T.float()
     )
     with torch.no_grad():
-        chosen_DTK = probs_DTE.topk(top_k, dim=-1).indices
-        counts_DE = torch.zeros_like(probs_DTE[:, 0])
-        counts_DE.scatter_add_(1, chosen_DTK.flatten(1), weight_T.repeat_interleave(top_k).expand(num_layers, -1))
+        chosen_DTE = torch.zeros_like(probs_DTE).scatter_(-1, expert_ids_DTK, 1.0)
+        counts_DE = torch.einsum("dte,t->de", chosen_DTE, weight_T)
         totals = torch.cat([counts_DE.flatten(), weight_T.sum()[None]])
         if reduce_counts is not None:
             totals = reduce_counts(totals)

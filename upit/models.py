@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from upit import experts
+from upit import attention, experts
 from upit.families import MOE_TYPES, family_of
+from upit.forward import record_routing
 from upit.sources import resolve
 
 
 def scratch_config(fields: dict[str, Any], tokenizer) -> LlamaConfig:
     """Config of a Llama to train from scratch, its vocabulary and special tokens the tokenizer's."""
     return LlamaConfig(
-        **{"attn_implementation": "sdpa", "tie_word_embeddings": True, **fields},
+        **{"tie_word_embeddings": True, **fields},
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -23,7 +24,9 @@ def scratch_config(fields: dict[str, Any], tokenizer) -> LlamaConfig:
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
     """A model of this config with freshly initialised weights, in torch's default dtype."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.get_default_dtype())
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention.NAME, dtype=torch.get_default_dtype()
+    )
     return _prepare(model)
 
 
@@ -45,7 +48,7 @@ def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool =
         family_of(config)
     model = AutoModelForCausalLM.from_pretrained(
         name,
-        attn_implementation="sdpa",
+        attn_implementation=attention.NAME,
         dtype=torch.get_default_dtype(),
         trust_remote_code=trust_remote_code,
         use_safetensors=None if kwargs else True,
@@ -71,6 +74,7 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
         setattr(model.generation_config, sampling, None)
     if model.config.model_type in MOE_TYPES:
         experts.use(model)
+        record_routing(model)
     return model
 
 

@@ -151,6 +151,10 @@ class Pool:
         """Harvested experts, by step."""
         return [self._expert(entry) for entry in self.manifest()["experts"]]
 
+    def at_step(self, step: int) -> Expert:
+        """The expert of an optimizer step; of step 0, the base."""
+        return next(expert for expert in (self.base, *self.experts) if expert.step == step)
+
     def set_base(self, tensors: Mapping[str, Tensor], *, rest: Mapping[str, Tensor] | None = None) -> None:
         """Store the base; a new base forgets the experts of an older one."""
         entry = self._write("base", tensors, rest, {"step": 0, "epoch": 0.0})

@@ -19,8 +19,8 @@ from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Example, collate, length_grouped
 from upit.families import is_expert
 from upit.files import read_json, seeded, write_json
-from upit.forward import response_logits
-from upit.losses import example_losses
+from upit.forward import response_losses
+from upit.losses import grouped_losses
 from upit.pool import Expert, write_expert
 from upit.seed_data import Assignment
 from upit.sharding import fill, full
@@ -80,11 +80,11 @@ def score_examples(
     for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=max_tokens))):
         batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
         with autocast():
-            logits_LV, targets_L, ids_L = response_logits(model, batch)
+            losses_L, targets_L, ids_L = response_losses(model, batch)
         if counts:
             rows_L = torch.tensor([row_of[i] for i in ids_L.tolist()], device=device, dtype=torch.long)
-            loss_S, tokens_S = example_losses(
-                logits_LV=logits_LV, targets_L=targets_L, example_ids_L=rows_L, num_examples=len(indices)
+            loss_S, tokens_S = grouped_losses(
+                losses_L=losses_L, targets_L=targets_L, groups_L=rows_L, num_groups=len(indices)
             )
             sums += torch.stack([loss_S, tokens_S]).to(sums)
     all_sum(sums)

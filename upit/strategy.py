@@ -14,9 +14,3 @@ class Strategy(ABC):  # noqa: B024
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
-
-
-def require_within(owner: Strategy, field: str, value: float, low: float, high: float) -> None:
-    """Raises: ValueError: ``value`` lies outside [low, high]."""
-    if not low <= value <= high:
-        raise ValueError(f"{type(owner).__name__}.{field}={value} must lie in [{low:g}, {high:g}]")

@@ -9,7 +9,7 @@ from upit import experts
 from upit.checkpoints import config_of, identity_of
 from upit.examples import collate
 from upit.families import FAMILIES, family_of, moe_config
-from upit.forward import moe_routers, response_logits, router_logits_of
+from upit.forward import last_routing, moe_routers, record_routing, response_logits
 from upit.models import build
 from upit.upcycling import upcycle
 
@@ -62,9 +62,9 @@ def test_the_grouped_experts_forward_serves_it(family, tmp_path):
         torch.testing.assert_close(ours, moe(IDS_BT).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(ours, dense(IDS_BT).logits, atol=0.05), "different experts changed nothing"
     experts.use(moe)
-    with router_logits_of(moe) as logits:
-        moe(IDS_BT).logits.sum().backward()
-    assert [tuple(layer.shape) for layer in logits] == [(40, 3)] * 2
+    record_routing(moe)
+    moe(IDS_BT).logits.sum().backward()
+    assert last_routing(moe)[0].shape == (2, 40, 3)
     assert all(router.weight.grad.abs().sum() > 0 for router in moe_routers(moe))
 
 

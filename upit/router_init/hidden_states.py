@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from upit.distributed import all_sum, own_share
 from upit.examples import PADDING, collate, length_grouped
 from upit.families import is_expert
-from upit.forward import ffn_inputs_of, response_logits
+from upit.forward import ffn_inputs_of, response_states
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, Seeds, to_device
@@ -53,7 +53,7 @@ def _visit(
         batch = collate([[index] for index in group], data.train_set, pad_id=data.tokenizer.pad_token_id)
         batch = to_device(batch, device)
         with autocast(), ffn_inputs_of(dense) as inputs:
-            response_logits(dense, batch)
+            response_states(dense, batch)
         if counts:
             mask_BT = batch["example_ids"] != PADDING
             owner_BT = torch.tensor([owner[index] for index in group], device=device)[:, None].expand_as(mask_BT)

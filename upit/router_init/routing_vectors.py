@@ -17,12 +17,10 @@ from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world
 from upit.examples import IGNORE, PADDING, Example, collate
 from upit.families import is_expert
 from upit.files import digest
-from upit.forward import ffn_inputs_of, response_logits
-from upit.losses import response_loss
+from upit.forward import ffn_inputs_of, response_losses
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
-from upit.strategy import require_within
 
 
 class RoutingVectors(RouterInit):
@@ -47,7 +45,8 @@ class RoutingVectors(RouterInit):
         expert_lr: float | None = None,
         batch_size: int = 8,
     ) -> None:
-        require_within(self, "alpha", alpha, 0.0, 1.0)
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"RoutingVectors.alpha={alpha} must lie in [0, 1]")
         for field, value in (("epochs", epochs), ("lr", lr), ("batch_size", batch_size), ("expert_lr", expert_lr)):
             if value is not None and value <= 0:
                 raise ValueError(f"RoutingVectors.{field}={value} must be positive")
@@ -173,11 +172,11 @@ def optimise_routing_vectors(
             dense.zero_grad()  # every parameter gets a gradient, FSDP2 can't freeze some mid-run; only experts step
             vectors_DH.grad = None
             with autocast(), ffn_inputs_of(dense) as inputs, torch.set_grad_enabled(bool(experts)):
-                logits_LV, targets_L, _ = response_logits(dense, batch)
-            share = all_sum(torch.stack([mask_BT.sum(), targets_L.new_tensor(len(targets_L))])) / world_size()
+                losses_L, targets_L, _ = response_losses(dense, batch)
+            share = all_sum(torch.stack([mask_BT.sum(), (targets_L != IGNORE).sum()])) / world_size()
             loss = (1 - alpha) * routing_loss(inputs, vectors_DH, mask_BT, denominator=share[0])
             if experts:
-                loss = loss + alpha * response_loss(logits_LV=logits_LV, targets_L=targets_L, denominator=share[1])
+                loss = loss + alpha * losses_L.sum() / share[1]
             loss.backward()
             if vectors_DH.grad is not None:
                 all_sum(vectors_DH.grad).div_(world_size())

@@ -1,0 +1,85 @@
+"""Whole fits with experts from every source, under every router initialisation."""
+
+import json
+
+import pytest
+
+from tests.conftest import make_callbacks, make_module, make_trainer
+from upit.expert_sources import Checkpoints, Copies, DropUpcycling, Harvested
+from upit.merging import DareTies, Slerp, Ties
+from upit.non_experts import Last, Mean
+from upit.router_init import HiddenMean, Random, Ridge, RoutingVectors
+from upit.seed_data import RandomAssignment, RelativeLoss
+from upit.selection import MostDiverse
+from upit.selection import Random as RandomParents
+from upit.similarity import Euclidean, Functional
+
+
+def fit(make_data, run, upcycling, **moe):
+    module = make_module(**moe)
+    callbacks = make_callbacks({"every_n_steps": 2}, {"at_step": 4, **upcycling}, report=False)
+    make_trainer(run, callbacks, max_steps=5).fit(module, datamodule=make_data())
+    return module, callbacks[1], json.loads((run / "upcycling/lineage.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("upcycling", "kinds"),
+    [
+        (
+            {"source": Copies(), "router": RoutingVectors(epochs=1), "assignment": RandomAssignment()},
+            ["copy"] * 4,
+        ),
+        ({"source": Copies(noise_std=0.01), "router": Ridge()}, ["copy"] * 4),
+        ({"source": DropUpcycling(), "router": HiddenMean(), "assignment": RelativeLoss()}, ["drop_upcycling"] * 4),
+        (
+            {"source": Harvested(base=True), "router": Ridge(), "non_experts": Mean(), "merge": Ties()},
+            ["base", "harvested", "harvested", "merged"],
+        ),
+        (
+            {"similarity": Functional(), "merge": Slerp(), "router": HiddenMean()},
+            ["harvested", "harvested", "merged", "merged"],
+        ),
+        (
+            {"similarity": Euclidean(), "merge": DareTies(), "parents": RandomParents(), "router": Random()},
+            ["harvested", "harvested", "merged", "merged"],
+        ),
+    ],
+    ids=lambda value: "-".join(map(repr, value.values())) if isinstance(value, dict) else "",
+)
+def test_any_source_with_any_router(make_data, tmp_path, upcycling, kinds):
+    module, callback, lineage = fit(make_data, tmp_path, upcycling)
+    assert module.phase == "moe"
+    assert [entry["kind"] for entry in lineage] == kinds
+    assert callback.drift >= 0
+
+
+def test_copies_do_not_drift(make_data, tmp_path):
+    """N copies of the dense model are the dense model, whatever the router."""
+    _, callback, _ = fit(make_data, tmp_path, {"source": Copies(), "router": Ridge()})
+    assert callback.drift < 1e-6
+
+
+def test_checkpoints_of_another_run(finished, make_data, tmp_path):
+    run, _, _ = finished
+    source = Checkpoints([str(run / "experts")])
+    module, _, lineage = fit(make_data, tmp_path, {"source": source, "non_experts": Last(), "router": Random()})
+    assert [entry.get("path") for entry in lineage[:2]] == [str(run / "experts")] * 2
+    assert module.phase == "moe"
+
+
+def test_fewer_experts_than_checkpoints(make_data, tmp_path):
+    upcycling = {"selection": MostDiverse(), "router": Random()}
+    _, _, lineage = fit(make_data, tmp_path, upcycling, num_experts=1, top_k=1)
+    assert [entry["step"] for entry in lineage] == [4]
+
+
+@pytest.mark.parametrize(
+    ("upcycling", "message"),
+    [
+        ({"source": Copies(), "non_experts": Mean()}, "source=Copies.* has none of its own"),
+        ({"source": Harvested("first_half"), "at_step": 3}, "at least 2 checkpoints to merge, there are 1"),
+    ],
+)
+def test_refused_before_training(make_data, tmp_path, upcycling, message):
+    with pytest.raises(ValueError, match=message):
+        fit(make_data, tmp_path, upcycling)

@@ -1,0 +1,133 @@
+"""Experts from every source: which ones, what is in them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.upit.pools import make_pool, near, random_ffn
+from tests.upit.tiny import dense_model
+from upit.expert_sources import Checkpoints, Copies, DropUpcycling, Harvested
+from upit.families import is_expert
+from upit.pool import ExpertFileError, Pool
+
+
+@pytest.fixture
+def dense():
+    return dense_model("llama")
+
+
+def experts_of(source, tmp_path, dense=None, harvest=None, num_experts=3, seed=0):
+    return source.experts(harvest, dense, num_experts=num_experts, output=tmp_path / "made", seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("source", "steps"),
+    [
+        (Harvested(), [1, 2, 3, 4, 5]),
+        (Harvested("first_half"), [1, 2, 3]),
+        (Harvested("second_half"), [3, 4, 5]),
+        (Harvested("second_half", base=True), [0, 3, 4, 5]),
+    ],
+    ids=repr,
+)
+def test_harvested(tmp_path, source, steps):
+    found = experts_of(source, tmp_path, harvest=make_pool(tmp_path / "pool", 5))
+    assert [expert.origin["step"] for expert in found] == steps
+    assert source.count(5, 8) == len(steps)
+    assert [expert.origin["kind"] for expert in found][-1] == "harvested"
+
+
+def test_copies_are_the_dense_model(tmp_path, dense):
+    found = experts_of(Copies(), tmp_path, dense)
+    assert len({expert.sha256 for expert in found}) == 1
+    assert len(list((tmp_path / "made").iterdir())) == 1
+    for name, param in dense.named_parameters():
+        if is_expert(name):
+            assert torch.equal(found[2].read(name), param)
+
+
+def test_noise_has_the_stated_deviation(tmp_path, dense):
+    first, second, _ = experts_of(Copies(noise_std=0.1), tmp_path, dense)
+    for name, param in dense.state_dict().items():
+        if is_expert(name):
+            noise, other = first.read(name) - param, second.read(name) - param
+            assert float(noise.std() / param.std()) == pytest.approx(0.1, rel=0.1)
+            assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1])) < 0.1
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_drop_upcycling_draws_the_same_part_of_all_projections(tmp_path, ratio):
+    dense = dense_model("llama", intermediate_size=400)
+    expert, other, _ = experts_of(DropUpcycling(ratio), tmp_path, dense)
+    weights = dict(dense.named_parameters())
+    drawn = {}
+    for name in expert.shapes:
+        new, old = expert.read(name), weights[name].detach()
+        new, old = (new.T, old.T) if "down_proj" in name else (new, old)
+        changed = (new != old).any(1)
+        assert int(changed.sum()) == int(ratio * 400)
+        drawn.setdefault(name.split(".")[2], []).append(changed)
+        assert float(new[changed].std()) == pytest.approx(float(old[changed].std()), rel=0.05)
+        assert float(new[changed].mean()) == pytest.approx(float(old[changed].mean()), abs=0.05 * float(old.std()))
+    for changed in drawn.values():
+        assert all(torch.equal(changed[0], each) for each in changed)
+    if ratio == 0.25:
+        assert not torch.equal(drawn["0"][0], drawn["1"][0])
+        assert not torch.equal(expert.read(name), other.read(name))
+
+
+def test_clones_are_made_once_and_depend_on_the_seed(tmp_path, dense):
+    first = experts_of(DropUpcycling(), tmp_path, dense)
+    before = [expert.file.stat().st_mtime_ns for expert in first]
+    again = experts_of(DropUpcycling(), tmp_path, dense)
+    assert [expert.file.stat().st_mtime_ns for expert in again] == before
+    other = experts_of(DropUpcycling(), tmp_path, dense, seed=1)
+    assert other[0].sha256 != first[0].sha256
+    assert experts_of(DropUpcycling(0.4), tmp_path, dense)[0].sha256 != first[0].sha256
+
+
+def test_checkpoints_from_directories_and_pools(tmp_path):
+    harvest, elsewhere = make_pool(tmp_path / "pool", 1), make_pool(tmp_path / "elsewhere", 2)
+    model = tmp_path / "model"
+    model.mkdir()
+    tensors = near(random_ffn(0), 9)
+    save_file({**tensors, "model.norm.weight": torch.ones(16)}, model / "model.safetensors")
+    source = Checkpoints([str(model), str(tmp_path / "elsewhere")])
+    found = experts_of(source, tmp_path, harvest=harvest)
+    assert source.count(1, 8) == len(found) == 3
+    assert found[0].origin == {"kind": "checkpoint", "path": str(model)}
+    assert all(torch.equal(found[0].read(name), tensor) for name, tensor in tensors.items())
+    assert [expert.sha256 for expert in found[1:]] == [expert.sha256 for expert in elsewhere.experts]
+    assert found[1].origin == {"kind": "harvested", "step": 1, "epoch": 0.25, "path": str(tmp_path / "elsewhere")}
+
+
+def test_checkpoints_of_another_shape_are_named(tmp_path):
+    make_pool(tmp_path / "pool", 1)
+    model = tmp_path / "model"
+    model.mkdir()
+    tensors = random_ffn(1)
+    name = next(iter(tensors))
+    save_file({**tensors, name: torch.ones(3, 3)}, model / "model.safetensors")
+    with pytest.raises(ExpertFileError, match=rf"{model}: tensor '{name}' has shape \(3, 3\), the dense model's"):
+        experts_of(Checkpoints([str(model)]), tmp_path, harvest=Pool.load(tmp_path / "pool"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: Checkpoints([]), "Checkpoints.paths is empty"),
+        (lambda path: Checkpoints([str(path)]), "holds neither model.safetensors nor"),
+        (lambda path: Copies(-1.0), "Copies.noise_std=-1.0 must not be negative"),
+        (lambda path: DropUpcycling(1.5), r"DropUpcycling.ratio=1.5 must lie in \(0, 1\]"),
+    ],
+)
+def test_refuses(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_describe_is_plain(tmp_path):
+    for source in (Harvested(), Copies(), DropUpcycling()):
+        assert json.loads(json.dumps(source.describe()))["name"] == type(source).__name__

@@ -1,0 +1,63 @@
+"""Where the parameters that are no expert's come from."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.upit.tiny import dense_model, expert_of
+from upit.families import is_expert
+from upit.non_experts import Last, Mean, Named
+from upit.pool import ExpertFileError
+
+
+@pytest.fixture
+def pool(tmp_path):
+    experts = []
+    for seed in range(3):
+        model = dense_model("llama", seed)
+        expert = expert_of(model, tmp_path / f"{seed}.safetensors")
+        expert.rest = tmp_path / f"{seed}.rest.safetensors"
+        save_file({n: p.detach() for n, p in model.named_parameters() if not is_expert(n)}, expert.rest)
+        experts.append(expert)
+    return experts
+
+
+def filled(strategy, pool):
+    """Parameters before and after."""
+    dense = dense_model("llama", 7)
+    before = {name: param.detach().clone() for name, param in dense.named_parameters()}
+    strategy.fill(dense, pool)
+    return before, {name: param.detach() for name, param in dense.named_parameters()}
+
+
+def test_last_leaves_the_dense_model(pool):
+    before, after = filled(Last(), pool)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_mean_is_over_the_pool_and_leaves_the_experts(pool):
+    before, after = filled(Mean(), pool)
+    models = [dict(dense_model("llama", seed).named_parameters()) for seed in range(3)]
+    for name in after:
+        expected = before[name] if is_expert(name) else sum(model[name].detach() for model in models) / 3
+        torch.testing.assert_close(after[name], expected)
+
+
+def test_mean_needs_what_the_harvest_kept(pool):
+    pool[1].rest = None
+    with pytest.raises(ExpertFileError, match=r"1.safetensors' was harvested without"):
+        filled(Mean(), pool)
+
+
+def test_named(tmp_path, pool):
+    model = dense_model("llama", 4)
+    model.save_pretrained(tmp_path / "model")
+    before, after = filled(Named(str(tmp_path / "model")), pool)
+    theirs = dict(model.named_parameters())
+    for name in after:
+        assert torch.equal(after[name], before[name] if is_expert(name) else theirs[name])
+
+
+def test_named_refuses_an_empty_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor"):
+        Named(str(tmp_path))

@@ -1,0 +1,74 @@
+"""Which experts become parents, and which are left out."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from upit.selection import Best, Even, Last, MostDissimilar, MostDiverse, MostSimilar, Random
+
+SIMILARITY = torch.tensor([[1.0, 0.1, 0.9, 0.5], [0.1, 1.0, 0.2, 0.8], [0.9, 0.2, 1.0, 0.3], [0.5, 0.8, 0.3, 1.0]])
+
+
+def pool(*metrics):
+    return [SimpleNamespace(metrics=metric) for metric in metrics]
+
+
+def pairs_of(parents, rounds, experts=None, seed=0):
+    used = set()
+    for number in range(rounds):
+        generator = torch.Generator().manual_seed(seed + number)
+        pair = parents.choose(SIMILARITY, experts or pool({}, {}, {}, {}), used=used, generator=generator)
+        used.add(pair)
+        yield pair
+
+
+def test_most_dissimilar_goes_from_the_least_alike_up():
+    assert list(pairs_of(MostDissimilar(), 3)) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_most_similar_goes_the_other_way():
+    assert list(pairs_of(MostSimilar(), 3)) == [(0, 2), (1, 3), (0, 3)]
+
+
+@pytest.mark.parametrize("parents", [MostDissimilar(), MostSimilar(), Random()], ids=repr)
+def test_every_pair_once_before_any_twice(parents):
+    assert len(set(pairs_of(parents, 6))) == 6
+    assert len(list(pairs_of(parents, 8))) == 8
+
+
+def test_random_takes_every_pair_alike():
+    first = [next(pairs_of(Random(), 1, seed=seed)) for seed in range(600)]
+    counts = [first.count(pair) for pair in set(first)]
+    assert len(counts) == 6
+    assert min(counts) > 60
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("min", [(1, 3), (0, 3)]), ("max", [(0, 2), (1, 2)])])
+def test_best_takes_the_two_with_the_best_metric(mode, expected):
+    experts = pool({"loss": 3.0}, {"loss": 2.0}, {"loss": 4.0}, {"loss": 1.0})
+    assert list(pairs_of(Best("loss", mode), 2, experts)) == expected
+
+
+def test_best_takes_experts_without_the_metric_last():
+    experts = pool({"loss": 3.0}, {"loss": 2.0}, {}, {"loss": 1.0})
+    assert set(pairs_of(Best("loss"), 3, experts)) == {(0, 1), (0, 3), (1, 3)}
+
+
+def test_best_names_the_metrics_there_are():
+    with pytest.raises(ValueError, match=r"Best.metric='f1': no expert has it; .* \['loss'\]"):
+        list(pairs_of(Best("f1"), 1, pool({"loss": 1.0}, {}, {}, {})))
+
+
+def test_even_keeps_the_last():
+    assert Even().choose(torch.eye(8), 4) == [1, 3, 5, 7]
+    assert Even().choose(torch.eye(7), 3) == [1, 4, 6]
+
+
+def test_last():
+    assert Last().choose(torch.eye(5), 2) == [3, 4]
+
+
+def test_most_diverse_starts_from_the_last_and_avoids_the_alike():
+    assert MostDiverse().choose(SIMILARITY, 2) == [2, 3]
+    assert MostDiverse().choose(SIMILARITY, 3) == [1, 2, 3]

@@ -1,0 +1,69 @@
+"""Attention that stays inside each example of a packed row.
+
+On GPUs in half precision: FlashAttention over the examples' lengths, which computes only what is inside them.
+Elsewhere, and in generation: transformers' SDPA with a dense mask. Registered in transformers' attention interface.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from upit.examples import Batch, block_causal_mask
+
+NAME = "upit_packed"
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that matrix products of ``tensor`` run in here: autocast's, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def packed_mask(batch: Batch, dtype: torch.dtype, *, window: int | None = None) -> Tensor:
+    """What :func:`packed_attention` takes as the attention mask of a batch.
+
+    Args:
+        dtype: of queries and keys.
+        window: tokens that a token may see, where the model has a sliding window; takes the dense mask.
+    Returns: where FlashAttention can run, int32 (1, 1, 1, S + 1): the ends of the batch's sequences, row after row,
+        the first 0; else the dense mask of :func:`upit.examples.block_causal_mask`.
+    """
+    lengths_BS = batch["lengths"]
+    if window or not (lengths_BS.is_cuda and dtype in HALF):
+        return block_causal_mask(batch, window=window)
+    ends_S = lengths_BS.flatten().cumsum(0, dtype=torch.int32)
+    return torch.cat([ends_S.new_zeros(1), ends_S]).view(1, 1, 1, -1)
+
+
+def packed_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs
+) -> tuple[Tensor, None]:
+    """An attention function of transformers, for either kind of mask that :func:`packed_mask` makes.
+
+    Args:
+        query: (B, heads, T, D); key and value (B, key-value heads, T, D).
+    Returns: (B, T, heads, D), and no attention weights.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    rows = [
+        # under autocast the rotation leaves queries and keys in float32
+        tensor.to(value.dtype).transpose(1, 2).reshape(batch * length, heads, width)
+        for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    ]
+    ends = attention_mask.flatten()
+    out: Any = varlen_attn(rows[0], rows[1], rows[2], ends, ends, length, length, scale=scaling, window_size=(-1, 0))
+    return out.view(batch, length, heads, width), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,254 @@
+"""Triton kernels around the experts' grouped products: routing order, gather, SwiGLU, weighted combine.
+
+What the profile of the plain path shows beside the products: sorting, and the scatter in the gather's backward pass.
+Here assignments are put in order by counting, and each gather's backward pass is a gather itself, by the inverse
+order. All of it is deterministic: no atomics.
+
+Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``H`` hidden, ``I`` inner.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ASSIGNMENTS = 256  # of one program when they are put in order
+
+
+@triton.jit
+def _count(expert_ids, counts, size, E: tl.constexpr, BLOCK: tl.constexpr):
+    """counts[block, e]: assignments of a block to expert e."""
+    block = tl.program_id(0)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    experts = tl.arange(0, E)
+    ids = tl.load(expert_ids + n, mask=n < size, other=-1).to(tl.int32)
+    hits = (ids[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(counts + block * E + experts, tl.sum(hits, axis=0))
+
+
+@triton.jit
+def _place(
+    expert_ids, counts, order, inverse, ends, size, num_blocks, num_experts, E: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Stable counting sort: where each assignment of a block goes, and where each expert's rows end."""
+    block = tl.program_id(0)
+    experts = tl.arange(0, E)
+    totals = tl.zeros((E,), dtype=tl.int32)
+    before = tl.zeros((E,), dtype=tl.int32)
+    for first in range(0, num_blocks, 32):
+        others = first + tl.arange(0, 32)
+        rows = tl.load(counts + others[:, None] * E + experts[None, :], mask=(others < num_blocks)[:, None], other=0)
+        totals += tl.sum(rows, axis=0)
+        before += tl.sum(tl.where((others < block)[:, None], rows, 0), axis=0)
+    ends_E = tl.cumsum(totals, axis=0)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(expert_ids + n, mask=n < size, other=-1).to(tl.int32)
+    hits = (ids[:, None] == experts[None, :]).to(tl.int32)
+    places = tl.cumsum(hits, axis=0) - 1 + (ends_E - totals + before)[None, :]
+    place = tl.sum(places * hits, axis=1)
+    tl.store(order + place, n.to(tl.int32), mask=n < size)
+    tl.store(inverse + n, place, mask=n < size)
+    if block == 0:
+        tl.store(ends + experts, ends_E, mask=experts < num_experts)
+
+
+def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of the assignments by expert, stable.
+
+    Returns: int32 ``order_N`` (assignment at each sorted row), ``inverse_N`` (sorted row of each assignment), and
+        ``ends_E`` (sorted row behind each expert's last).
+    """
+    size = expert_ids_TK.numel()
+    width = triton.next_power_of_2(num_experts)
+    blocks = triton.cdiv(size, ASSIGNMENTS)
+    ids_N = expert_ids_TK.contiguous()
+    empty = torch.empty
+    counts = empty(blocks, width, dtype=torch.int32, device=ids_N.device)
+    order_N, inverse_N = (empty(size, dtype=torch.int32, device=ids_N.device) for _ in range(2))
+    ends_E = empty(num_experts, dtype=torch.int32, device=ids_N.device)
+    _count[(blocks,)](ids_N, counts, size, E=width, BLOCK=ASSIGNMENTS)
+    _place[(blocks,)](ids_N, counts, order_N, inverse_N, ends_E, size, blocks, num_experts, E=width, BLOCK=ASSIGNMENTS)
+    return order_N, inverse_N, ends_E
+
+
+@triton.jit
+def _gather_tokens(source, order, out, top_k, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(order + row) // top_k
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(source + token.to(tl.int64) * stride + columns, mask=inside)
+    tl.store(out + row * width + columns, values, mask=inside)
+
+
+def gather_tokens(source_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """Each sorted row's token, (N, H)."""
+    source_TH = source_TH if source_TH.stride(-1) == 1 else source_TH.contiguous()
+    width = source_TH.shape[1]
+    out_NH = torch.empty(len(order_N), width, dtype=source_TH.dtype, device=source_TH.device)
+    block = min(4096, triton.next_power_of_2(width))
+    grid = (len(order_N), triton.cdiv(width, block))
+    _gather_tokens[grid](source_TH, order_N, out_NH, top_k, width, source_TH.stride(0), BLOCK=block)
+    return out_NH
+
+
+@triton.jit
+def _sum_by_token(source, inverse, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(inverse + token * K + k).to(tl.int64)
+        total += tl.load(source + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_by_token(source_NH: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+    """Sum of each token's K sorted rows, in float32, (T, H)."""
+    num_tokens, width = len(inverse_N) // top_k, source_NH.shape[1]
+    out_TH = torch.empty(num_tokens, width, dtype=source_NH.dtype, device=source_NH.device)
+    block = min(4096, triton.next_power_of_2(width))
+    grid = (num_tokens, triton.cdiv(width, block))
+    _sum_by_token[grid](source_NH, inverse_N, out_TH, width, K=top_k, BLOCK=block)
+    return out_TH
+
+
+@triton.jit
+def _swiglu(gate_up, weights, order, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    start = gate_up + row * 2 * width + columns
+    gate = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(start + width, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weights + tl.load(order + row)).to(tl.float32)
+    hidden = gate * tl.sigmoid(gate) * up * weight
+    tl.store(out + row * width + columns, hidden.to(out.dtype.element_ty), mask=inside)
+
+
+def weighted_swiglu(gate_up_NJ: Tensor, weights_N: Tensor, order_N: Tensor) -> Tensor:
+    """``silu(gate) * up * weight``, (N, I); the router's weight goes in here, before the down projection.
+
+    Args:
+        gate_up_NJ: (N, 2I), gate first, sorted.
+        weights_N: by assignment, not sorted.
+    """
+    width = gate_up_NJ.shape[1] // 2
+    out_NI = torch.empty(len(order_N), width, dtype=gate_up_NJ.dtype, device=gate_up_NJ.device)
+    block = min(2048, triton.next_power_of_2(width))
+    grid = (len(order_N), triton.cdiv(width, block))
+    _swiglu[grid](gate_up_NJ, weights_N, order_N, out_NI, width, BLOCK=block)
+    return out_NI
+
+
+@triton.jit
+def _swiglu_backward(gate_up, weights, order, grad_out, out, grad_gate_up, grad_weights, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    assignment = tl.load(order + row)
+    weight = tl.load(weights + assignment).to(tl.float32)
+    dot = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, width, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < width
+        start = row * 2 * width + columns
+        gate = tl.load(gate_up + start, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + start + width, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_out + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        dot += grad * silu * up
+        kind = out.dtype.element_ty
+        tl.store(out + row * width + columns, (silu * up * weight).to(kind), mask=inside)
+        grad = grad * weight
+        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(grad_gate_up + start, (grad * up * slope).to(kind), mask=inside)
+        tl.store(grad_gate_up + start + width, (grad * silu).to(kind), mask=inside)
+    tl.store(grad_weights + assignment, tl.sum(dot, axis=0))
+
+
+def weighted_swiglu_backward(
+    gate_up_NJ: Tensor, weights_N: Tensor, order_N: Tensor, grad_NI: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`weighted_swiglu`: its output again, the gradient of ``gate_up_NJ``, and float32 of ``weights_N``."""
+    width = grad_NI.shape[1]
+    out_NI, grad_gate_up_NJ = torch.empty_like(grad_NI), torch.empty_like(gate_up_NJ)
+    grad_weights_N = torch.empty(len(order_N), dtype=torch.float32, device=grad_NI.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _swiglu_backward[(len(order_N),)](
+        gate_up_NJ, weights_N, order_N, grad_NI, out_NI, grad_gate_up_NJ, grad_weights_N, width, BLOCK=block
+    )
+    return out_NI, grad_gate_up_NJ, grad_weights_N
+
+
+@torch.library.custom_op("upit::experts", mutates_args=())
+def experts(
+    x_TH: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Dropless SwiGLU experts in half precision; one operator, so that compiled code takes it as it is.
+
+    Returns: ``out_TH``, and for the backward pass ``gate_up_NJ``, ``order_N``, ``inverse_N``, ``ends_E``.
+    """
+    top_k = expert_ids_TK.shape[1]
+    order_N, inverse_N, ends_E = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
+    x_NH = gather_tokens(x_TH, order_N, top_k)
+    gate_up_NJ = F.grouped_mm(x_NH, gate_up_EJH.transpose(1, 2), offs=ends_E)
+    hidden_NI = weighted_swiglu(gate_up_NJ, weights_TK.contiguous(), order_N)
+    out_NH = F.grouped_mm(hidden_NI, down_EHI.transpose(1, 2), offs=ends_E)
+    return sum_by_token(out_NH, inverse_N, top_k), gate_up_NJ, order_N, inverse_N, ends_E
+
+
+@experts.register_fake
+def _(x_TH, gate_up_EJH, down_EHI, expert_ids_TK, weights_TK):
+    size = expert_ids_TK.numel()
+    indices = [x_TH.new_empty(count, dtype=torch.int32) for count in (size, size, len(gate_up_EJH))]
+    return torch.empty_like(x_TH), x_TH.new_empty(size, gate_up_EJH.shape[1]), *indices
+
+
+@torch.library.custom_op("upit::experts_backward", mutates_args=())
+def experts_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    gate_up_EJH: Tensor,
+    down_EHI: Tensor,
+    weights_TK: Tensor,
+    gate_up_NJ: Tensor,
+    order_N: Tensor,
+    inverse_N: Tensor,
+    ends_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x_TH``, ``gate_up_EJH``, ``down_EHI`` and (float32) ``weights_TK``."""
+    top_k = weights_TK.shape[1]
+    grad_NH = gather_tokens(grad_TH, order_N, top_k)
+    grad_hidden_NI = F.grouped_mm(grad_NH, down_EHI, offs=ends_E)
+    hidden_NI, grad_gate_up_NJ, grad_weights_N = weighted_swiglu_backward(
+        gate_up_NJ, weights_TK.contiguous(), order_N, grad_hidden_NI
+    )
+    grad_down_EHI = F.grouped_mm(grad_NH.t(), hidden_NI, offs=ends_E)
+    grad_x_NH = F.grouped_mm(grad_gate_up_NJ, gate_up_EJH, offs=ends_E)
+    x_NH = gather_tokens(x_TH, order_N, top_k)
+    grad_gate_up_EJH = F.grouped_mm(grad_gate_up_NJ.t(), x_NH, offs=ends_E)
+    grad_x_TH = sum_by_token(grad_x_NH, inverse_N, top_k)
+    return grad_x_TH, grad_gate_up_EJH, grad_down_EHI, grad_weights_N.view_as(weights_TK)
+
+
+@experts_backward.register_fake
+def _(grad_TH, x_TH, gate_up_EJH, down_EHI, weights_TK, gate_up_NJ, order_N, inverse_N, ends_E):
+    whole = [x_TH.new_empty(tensor.shape) for tensor in (x_TH, gate_up_EJH, down_EHI)]
+    return *whole, weights_TK.new_empty(weights_TK.shape, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    x_TH, gate_up_EJH, down_EHI, _, weights_TK = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_TH, gate_up_EJH, down_EHI, weights_TK, *output[1:])
+
+
+def _backward(ctx, grad_TH, *_):
+    *saved, weights_TK = ctx.saved_tensors[:4]
+    grads = experts_backward(grad_TH, *saved, weights_TK, *ctx.saved_tensors[4:])
+    return *grads[:3], None, grads[3].to(weights_TK.dtype)
+
+
+experts.register_autograd(_backward, setup_context=_save)
