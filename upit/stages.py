@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from upit.pool import Expert
     from upit.router_init import RouterInit
     from upit.seed_data import Assignment
-
-READ_AHEAD = 4 * 10**9
 
 
 def upcycle(
@@ -53,7 +50,6 @@ def upcycle(
         max_shard_gb: size of a weight file, GB.
         overwrite: replace what is at the output.
     """
-    _read_ahead([base, *experts])
     import torch
 
     from upit.conversion import Conversion
@@ -68,6 +64,7 @@ def upcycle(
     conversion.experts, router_DEH = _initialise_router(
         router, Path(base), conversion.experts, data, seed_fraction, assignment, seed, target
     )
+    torch.set_num_threads(1)  # one tensor at a time is copied and checked: more threads only wait for one another
     conversion.write(
         router_DEH,
         target,
@@ -132,17 +129,3 @@ def _bar(items: Iterable, text: str) -> Iterable:
     from tqdm.auto import tqdm
 
     return tqdm(items, text, leave=False)
-
-
-def _read_ahead(directories: list[str]) -> None:
-    """Let the disk work while Python still imports: read the first few GB into the page cache."""
-    files = sorted(file for directory in directories for file in Path(directory).glob("*.safetensors"))
-
-    def read(left: int = READ_AHEAD) -> None:
-        buffer = bytearray(1 << 22)
-        for file in files:
-            with file.open("rb", buffering=0) as stream:
-                while left > 0 and (count := stream.readinto(buffer)):
-                    left -= count
-
-    Thread(target=read, daemon=True).start()
