@@ -1,8 +1,28 @@
-"""When to act in a fit: harvest experts, upcycle, report."""
+"""When to act in a fit: harvest experts, upcycle, report, show."""
 
 from callbacks.answers import WriteAnswers
+from callbacks.collapse_guard import CollapseGuard
 from callbacks.harvest import ExpertHarvest
+from callbacks.hparams import HParams
+from callbacks.pictures import LineagePicture, SeedDataPicture
+from callbacks.pilot import DiversityPicture, PilotPicture
 from callbacks.report import RunReport
+from callbacks.routing import RoutingPicture
+from callbacks.swap import CurvesPicture, SwapPicture
 from callbacks.upcycling import Upcycling
 
-__all__ = ["ExpertHarvest", "RunReport", "Upcycling", "WriteAnswers"]
+__all__ = [
+    "CollapseGuard",
+    "CurvesPicture",
+    "DiversityPicture",
+    "ExpertHarvest",
+    "HParams",
+    "LineagePicture",
+    "PilotPicture",
+    "RoutingPicture",
+    "RunReport",
+    "SeedDataPicture",
+    "SwapPicture",
+    "Upcycling",
+    "WriteAnswers",
+]

@@ -70,6 +70,8 @@ class RunReport(Callback):
         if self.export:
             self._export(trainer, pl_module)
         if rank() == 0:
+            self.report["finished"] = True
+            write_json(self.run / "report.json", self.report)
             print_report(self.report, self._lineage, self.run)
 
     def _add_seconds(self, stage: str) -> None:

@@ -35,6 +35,8 @@ class ConversationDataModule(L.LightningDataModule):
         packing: several examples a row, attention kept inside each; else rows of similar length, padded.
         batch_size: rows a step over all devices.
         eval_batch_tokens: tokens of a held-out batch, with padding.
+        train_domains: train on these domains only, as a domain's own expert is; the held-out examples stay all. The
+            data is prepared as without it, so the tokenizer is the same.
         predict_file: JSONL with ``prompt`` or ``messages``, for ``upit predict``.
         num_workers: processes that build training batches.
         seed: of the packing and the order.
@@ -47,6 +49,7 @@ class ConversationDataModule(L.LightningDataModule):
         packing: bool = True,
         batch_size: int = 8,
         eval_batch_tokens: int = 8192,
+        train_domains: list[str] | None = None,
         predict_file: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -60,6 +63,7 @@ class ConversationDataModule(L.LightningDataModule):
         self.packing = packing
         self.batch_size = batch_size
         self.eval_batch_tokens = eval_batch_tokens
+        self.train_domains = train_domains
         self.predict_file = predict_file
         self.num_workers = num_workers
         self.seed = seed
@@ -132,6 +136,8 @@ class ConversationDataModule(L.LightningDataModule):
 
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         self.train_set: list = load_from_disk(self.folder / "train").to_list()
+        if self.train_domains is not None:
+            self.train_set = self._of_domains(self.train_set, self.train_domains)
         self.heldout_set: list = load_from_disk(self.folder / "heldout").to_list()
         self.domains = sorted({row["domain"] for row in self.heldout_set})
         self.stats = read_json(self.folder / "stats.json")
@@ -143,6 +149,12 @@ class ConversationDataModule(L.LightningDataModule):
                     stacklevel=2,
                 )
         self.rows = self._training_rows()
+
+    def _of_domains(self, rows: list, domains: list[str]) -> list:
+        known = sorted({row["domain"] for row in rows})
+        if not domains or not set(domains) <= set(known):
+            raise ValueError(f"data.train_domains={domains} must name some of the data's domains, {known}")
+        return [row for row in rows if row["domain"] in domains]
 
     def _training_rows(self) -> list:
         """Packed rows, or whole batches when grouped by length: what the sampler draws."""

@@ -1,5 +1,6 @@
 """Post-training of a Mixture-of-Experts."""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -9,18 +10,24 @@ from upit.distributed import all_sum, world_size
 from upit.examples import Batch
 from upit.families import check_top_k
 from upit.forward import last_routing
-from upit.losses import load_balancing_loss
+from upit.losses import load_balancing_loss, router_z_loss
 from upit.models import check_tokenizer, load_pretrained
 
 
 class MoEModule(CausalLMModule):
-    """Language-modelling loss plus a load-balancing loss, padding excluded (arXiv:2410.01610, stage 4).
+    """Language-modelling loss plus losses that keep the router in balance (arXiv:2410.01610, stage 4).
+
+    Padding counts for none of them.
+
+    Balancing without a loss, by a bias on each expert's score (arXiv:2408.15664), is not offered: the routers of the
+    MoE families in stock transformers that a dense model upcycles to have no such bias, so no export could hold it.
 
     Args:
         model: an exported MoE to start from; None inside :class:`UpITModule`, which upcycles one.
         num_experts: experts a layer, of the MoE that is upcycled; default ours.
         top_k: experts a token; 2 is the paper's.
-        load_balancing_weight: ours, not the paper's; 0 turns it off.
+        load_balancing_weight: of :func:`upit.losses.load_balancing_loss`; ours, not the paper's; 0 turns it off.
+        router_z_loss_weight: of :func:`upit.losses.router_z_loss`, which keeps router logits small; 0.001 is ST-MoE's.
     """
 
     phase = "moe"
@@ -31,14 +38,20 @@ class MoEModule(CausalLMModule):
         num_experts: int = 8,
         top_k: int = 2,
         load_balancing_weight: float = 0.01,
+        router_z_loss_weight: float = 0.0,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         check_top_k(num_experts, top_k)
+        weights = {"load_balancing_weight": load_balancing_weight, "router_z_loss_weight": router_z_loss_weight}
+        for field, value in weights.items():
+            if value < 0:
+                raise ValueError(f"{field}={value} must not be negative; 0 turns it off")
         self.source = model
         self.num_experts = num_experts
         self.top_k = top_k
         self.load_balancing_weight = load_balancing_weight
+        self.router_z_loss_weight = router_z_loss_weight
 
     @override
     def load(self) -> PreTrainedModel:
@@ -52,12 +65,19 @@ class MoEModule(CausalLMModule):
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         lm_loss = self.lm_loss(batch)
         router_logits_DTE, expert_ids_DTK = last_routing(self.lm)
+        mask_T = mask_of(batch)
         balance = load_balancing_loss(
             router_logits_DTE=router_logits_DTE,
             expert_ids_DTK=expert_ids_DTK,
-            mask_T=mask_of(batch),
+            mask_T=mask_T,
             reduce_counts=all_sum,
             world_size=world_size(),
         )
         terms = {"lm_loss": lm_loss.detach(), "load_balancing_loss": balance.detach()}
-        return lm_loss + self.load_balancing_weight * balance, terms
+        loss = lm_loss + self.load_balancing_weight * balance
+        if self.router_z_loss_weight:
+            tokens = all_sum(mask_T.sum(dtype=torch.float32)).clamp(min=1.0) / world_size()
+            z_loss = router_z_loss(router_logits_DTE=router_logits_DTE, mask_T=mask_T, denominator=tokens)
+            terms["router_z_loss"] = z_loss.detach()
+            loss = loss + self.router_z_loss_weight * z_loss
+        return loss, terms

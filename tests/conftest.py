@@ -113,3 +113,30 @@ def finished(tmp_path_factory, cache):
     trainer = make_trainer(run, [*make_callbacks(), every_step_checkpoints(run)])
     trainer.fit(module, datamodule=data)
     return run, trainer, module
+
+
+@pytest.fixture(scope="session")
+def pictured(tmp_path_factory, cache) -> Path:
+    """The folder of a run from the command line, with every callback of pictures and both loggers."""
+    import yaml
+
+    from tests.integration.test_two_processes import small_config
+    from upit.cli import main
+
+    run = tmp_path_factory.mktemp("pictured")
+    config = small_config(run, cache)
+    config["trainer"]["max_steps"] = 12
+    config["trainer"]["callbacks"] += [
+        {"class_path": f"callbacks.{name}"}
+        for name in (
+            "HParams", "LineagePicture", "SeedDataPicture", "CurvesPicture",  # the others are on in small_config
+        )
+    ]  # fmt: skip
+    file = run.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UPIT_RUN_DIR", str(run))
+        for variable in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TOKENIZERS_PARALLELISM"):
+            patch.setenv(variable, "1")
+        main(["fit", "-c", str(file)])
+    return run

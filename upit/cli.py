@@ -1,4 +1,4 @@
-"""``upit fit | validate | ... | upcycle``: the command line. The only part of upit that knows lightning."""
+"""The command line, ``upit SUBCOMMAND``. The only part of upit that knows lightning."""
 
 import argparse
 import inspect
@@ -14,6 +14,8 @@ SUBCOMMANDS = {
     "predict": "answer the prompts of a JSONL file",
     "export": "write a checkpoint's model in stock transformers format",
     "upcycle": "assemble dense checkpoints into a MoE, without a trainer",
+    "sweep": "run several configs over several seeds, and compare them",
+    "report": "one HTML page about a run, or several side by side",
 }
 STAGES = ("upcycle",)  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
@@ -29,6 +31,10 @@ def main(args: list[str] | None = None) -> None:
         _export(args[1:])
     elif command in STAGES:
         _stage(command, args[1:])
+    elif command == "sweep":
+        _sweep(args[1:])
+    elif command == "report":
+        _report(args[1:])
     else:
         _train(given)
 
@@ -83,6 +89,64 @@ def _stage(command: str, args: list[str]) -> None:
         auto_cli(function, args=args, as_positional=False, prog=f"upit {command}", parser_mode="yaml")
     except (OSError, ValueError) as error:
         sys.exit(f"upit {command}: error: {error}")
+
+
+def _sweep(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "upit sweep",
+        description="Run a base config, and others stacked on it, over several random seeds; each run is a process of "
+        "its own. Finished runs are skipped and interrupted ones resumed, so the same command goes on after a stop.",
+        epilog="Any other argument goes to every `upit fit`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-c", "--config", action="append", required=True, type=Path, help="base config; may be stacked"
+    )
+    parser.add_argument(
+        "--configs", nargs="*", default=[], type=Path, help="configs to stack on the base, one at a time"
+    )
+    parser.add_argument("--seeds", nargs="+", default=[0, 1, 2], type=int, help="default: 0 1 2")
+    parser.add_argument("--output", required=True, type=Path, help="directory of the sweep")
+    options, extra = parser.parse_known_args(args)
+    from upit.sweep import plan, sweep
+
+    try:
+        cells = plan(options.config, options.configs, options.seeds, options.output)
+    except ValueError as error:
+        parser.error(str(error))
+    for files in dict.fromkeys(cell.files for cell in cells):
+        _check_config([*[arg for file in files for arg in ("-c", str(file))], *extra])
+    if sweep(cells, options.output, extra=extra):
+        sys.exit(1)
+
+
+def _check_config(args: list[str]) -> None:
+    """Exit with the parser's error where ``upit fit`` would not take these arguments."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    try:
+        with redirect_stdout(StringIO()):
+            _train(["fit", *args, "--print_config"])
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def _report(args: list[str]) -> None:
+    parser = argparse.ArgumentParser("upit report", description="Write one self-contained HTML page about runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several are shown side by side")
+    parser.add_argument("--output", required=True, help="HTML file to write; an older one is replaced")
+    options = parser.parse_args(args)
+    from tqdm.auto import tqdm
+
+    from upit.page import write_page
+
+    try:
+        output = write_page(options.runs, options.output, track=lambda tags: tqdm(tags, "Drawing", leave=False))
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    print(f"Wrote {output}")
 
 
 def _train(args: list[str] | None) -> None:

@@ -1,8 +1,9 @@
 """Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,21 +175,24 @@ class Checkpoints(ExpertSource):
 
     Args:
         paths: transformers directories with safetensors (sharded too), or pools harvested by another run, of which
-            every expert is taken. Their architecture must be the dense model's.
-    Raises: ValueError: no path is given, or one is neither.
+            every expert is taken; may hold wildcards. Their architecture must be the dense model's.
+    Raises: ValueError: no path is given, one matches nothing, or is neither.
     """
 
     def __init__(self, paths: list[str]) -> None:
         if not paths:
             raise ValueError("Checkpoints.paths is empty: name transformers directories or harvested pools")
-        for path in paths:
-            if not _is_pool(Path(path)):
-                TensorFiles(Path(path))
         self.paths = paths
+        for path in self._directories():
+            if not _is_pool(path):
+                TensorFiles(path)
+
+    def _directories(self) -> list[Path]:
+        return directories(self.paths, field="Checkpoints.paths")
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         found: list[Expert] = []
-        for path in map(Path, self.paths):
+        for path in self._directories():
             own = experts_at(path)
             for expert in own:
                 _check_shapes(expert, harvest.base)
@@ -196,7 +200,21 @@ class Checkpoints(ExpertSource):
         return found
 
     def count(self, harvested, num_experts):
-        return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in map(Path, self.paths))
+        return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in self._directories())
+
+
+def directories(patterns: Iterable[str], *, field: str) -> list[Path]:
+    """The paths that patterns with wildcards match, in order.
+
+    Raises: ValueError: one matches nothing; names the field.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = sorted(glob(pattern))
+        if not matches:
+            raise ValueError(f"{field}: nothing is at {pattern!r}")
+        found += map(Path, matches)
+    return found
 
 
 def _is_pool(path: Path) -> bool:

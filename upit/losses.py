@@ -14,6 +14,13 @@ def grouped_losses(*, losses_L: Tensor, targets_L: Tensor, groups_L: Tensor, num
     return empty.index_add(0, groups_L, losses_L), empty.index_add(0, groups_L, (targets_L != IGNORE).float())
 
 
+def assignment_counts(expert_ids_DTK: Tensor, weight_T: Tensor, num_experts: int) -> Tensor:
+    """Assignments that each expert of each layer got, (D, E) float32; a token counts by its weight."""
+    num_layers, num_tokens, _ = expert_ids_DTK.shape
+    chosen_DTE = torch.zeros(num_layers, num_tokens, num_experts, dtype=torch.float32, device=weight_T.device)
+    return torch.einsum("dte,t->de", chosen_DTE.scatter_(-1, expert_ids_DTK, 1.0), weight_T)
+
+
 def load_balancing_loss(
     *,
     router_logits_DTE: Tensor,
@@ -44,8 +51,7 @@ def load_balancing_loss(
         torch.ones(num_tokens, dtype=torch.float32, device=probs_DTE.device) if mask_T is None else mask_T.float()
     )
     with torch.no_grad():
-        chosen_DTE = torch.zeros_like(probs_DTE).scatter_(-1, expert_ids_DTK, 1.0)
-        counts_DE = torch.einsum("dte,t->de", chosen_DTE, weight_T)
+        counts_DE = assignment_counts(expert_ids_DTK, weight_T, num_experts)
         totals = torch.cat([counts_DE.flatten(), weight_T.sum()[None]])
         if reduce_counts is not None:
             totals = reduce_counts(totals)
@@ -53,3 +59,15 @@ def load_balancing_loss(
         f_DE = totals[:-1].view(num_layers, num_experts) / (tokens * top_k)
     p_DE = torch.einsum("dte,t->de", probs_DTE, weight_T) / (tokens / world_size)
     return num_experts * (f_DE * p_DE).sum(-1).mean()
+
+
+def router_z_loss(*, router_logits_DTE: Tensor, mask_T: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Mean over tokens and layers of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906, eq. 5).
+
+    Args:
+        mask_T: True for tokens that count.
+        denominator: number of tokens to average over; default those of the mask.
+    """
+    squares_DT = router_logits_DTE.float().logsumexp(-1).square()
+    tokens = mask_T.sum().clamp(min=1) if denominator is None else denominator
+    return (squares_DT * mask_T).sum() / (tokens * len(squares_DT))

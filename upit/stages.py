@@ -76,9 +76,9 @@ def upcycle(
 
 
 def _experts_at(paths: list[str]) -> list[Expert]:
-    from upit.expert_sources import experts_at
+    from upit.expert_sources import directories, experts_at
 
-    return [expert for path in paths for expert in experts_at(Path(path))]
+    return [expert for path in directories(paths, field="experts") for expert in experts_at(path)]
 
 
 def _initialise_router(

@@ -46,6 +46,10 @@ def small_config(run: Path, cache: Path) -> dict:
                     },
                 },
                 {"class_path": "callbacks.RunReport"},
+                {"class_path": "callbacks.PilotPicture"},
+                {"class_path": "callbacks.DiversityPicture"},
+                {"class_path": "callbacks.SwapPicture"},
+                {"class_path": "callbacks.RoutingPicture"},
             ],
         },
         "model": {
@@ -86,10 +90,37 @@ def fit(run: Path, cache: Path, *configs: Path) -> Path:
     return run
 
 
+# every strategy with a collective of its own
+OTHERS = {
+    "trainer": {
+        "callbacks": [
+            {"class_path": "callbacks.ExpertHarvest", "init_args": {"every_n_steps": 1, "min_distance": 0.008}},
+            {
+                "class_path": "callbacks.Upcycling",
+                "init_args": {
+                    "at_step": 4,
+                    "seed_fraction": 0.1,
+                    "source": {"class_path": "upit.expert_sources.Harvested", "init_args": {"base": True}},
+                    "similarity": {"class_path": "upit.similarity.Functional"},
+                    "non_experts": {"class_path": "upit.non_experts.Mean"},
+                    "router": {"class_path": "upit.router_init.Ridge"},
+                },
+            },
+            {"class_path": "callbacks.RunReport"},
+            {"class_path": "callbacks.CollapseGuard", "init_args": {"window": 2, "action": "raise_weight"}},
+        ]
+    },
+    "model": {"init_args": {"moe": {"init_args": {"num_experts": 6, "router_z_loss_weight": 0.01}}}},
+}
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, cache):
-    one = fit(tmp_path / "one", cache)
-    two = fit(tmp_path / "two", cache, ROOT / "configs/strategy/fsdp.yaml")
+@pytest.mark.parametrize("change", [{}, OTHERS], ids=["defaults", "others"])
+def test_two_processes_equal_one(tmp_path, cache, change):
+    changes = tmp_path / "change.yaml"
+    changes.write_text(yaml.safe_dump(change))
+    one = fit(tmp_path / "one", cache, changes)
+    two = fit(tmp_path / "two", cache, changes, ROOT / "configs/strategy/fsdp.yaml")
 
     def lineage(run):
         entries = json.loads((run / "upcycling/lineage.json").read_text())
@@ -102,7 +133,10 @@ def test_two_processes_equal_one(tmp_path, cache):
             torch.testing.assert_close(
                 ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name} {m}"
             )
-    for metric in ("train/loss", "moe/load_balancing_loss", "val/loss"):
+    for metric in (
+        "train/loss", "moe/load_balancing_loss", "val/loss", "harvest/specialist_gain_loss", "harvest/from_base",
+        "router/load_entropy", "router/mutual_information", "router/mutual_information_shuffled",
+    ):  # fmt: skip
         ours, theirs = curve(two, metric), curve(one, metric)
         assert len(theirs) == len(ours) > 0
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-4, msg=lambda m, metric=metric: f"{metric} {m}")

@@ -94,7 +94,7 @@ def test_checkpoints_from_directories_and_pools(tmp_path):
     model.mkdir()
     tensors = near(random_ffn(0), 9)
     save_file({**tensors, "model.norm.weight": torch.ones(16)}, model / "model.safetensors")
-    source = Checkpoints([str(model), str(tmp_path / "elsewhere")])
+    source = Checkpoints([str(tmp_path / "mod*"), str(tmp_path / "elsewhere")])
     found = experts_of(source, tmp_path, harvest=harvest)
     assert source.count(1, 8) == len(found) == 3
     assert found[0].origin == {"kind": "checkpoint", "path": str(model)}
@@ -118,6 +118,7 @@ def test_checkpoints_of_another_shape_are_named(tmp_path):
     ("make", "message"),
     [
         (lambda path: Checkpoints([]), "Checkpoints.paths is empty"),
+        (lambda path: Checkpoints([f"{path}/*/export"]), "Checkpoints.paths: nothing is at '.*/export'"),
         (lambda path: Checkpoints([str(path)]), "holds neither model.safetensors nor"),
         (lambda path: Copies(-1.0), "Copies.noise_std=-1.0 must not be negative"),
         (lambda path: DropUpcycling(1.5), r"DropUpcycling.ratio=1.5 must lie in \(0, 1\]"),

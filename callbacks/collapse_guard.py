@@ -1,0 +1,121 @@
+"""Act when the router collapses onto a few experts."""
+
+import warnings
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from upit.collapse import balance_of, collapsed
+from upit.distributed import all_sum
+from upit.examples import PADDING
+from upit.forward import last_routing
+from upit.losses import assignment_counts
+
+
+class CollapseGuard(Callback):
+    """Watch each layer's expert load over windows of training steps; warn, raise the balance weight, or stop.
+
+    Counts stay on the device; only every ``window`` steps do they reach the host, and are logged as
+    ``router/min_share`` and ``router/min_entropy``.
+
+    Args:
+        window: optimizer steps between looks.
+        min_share: least load of an expert, as a part of an even share; ours.
+        min_entropy: least entropy of a layer's load, as a part of an even load's; ours.
+        action: what to do about it beside the warning.
+        factor: by how much "raise_weight" multiplies ``load_balancing_weight``, each time.
+        max_weight: as far as it goes.
+    Raises: ValueError: an argument out of range, or "raise_weight" of a weight of 0.
+    """
+
+    def __init__(
+        self,
+        window: int = 50,
+        min_share: float = 0.1,
+        min_entropy: float = 0.5,
+        action: Literal["warn", "raise_weight", "stop"] = "warn",
+        factor: float = 2.0,
+        max_weight: float = 0.1,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"CollapseGuard.window={window} must be at least 1")
+        for field, value in (("min_share", min_share), ("min_entropy", min_entropy)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"CollapseGuard.{field}={value} must lie in [0, 1]")
+        if factor <= 1.0:
+            raise ValueError(f"CollapseGuard.factor={factor} must be above 1")
+        self.window = window
+        self.min_share = min_share
+        self.min_entropy = min_entropy
+        self.action = action
+        self.factor = factor
+        self.max_weight = max_weight
+        self.looked_at: int | None = None  # optimizer step; None until the first MoE step
+        self.counts_DE: Tensor | None = None
+        self.weight: float | None = None  # the raised one
+
+    @override
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        moe = getattr(pl_module, "moe", pl_module)
+        if stage == "fit" and self.action == "raise_weight" and not moe.load_balancing_weight:
+            raise ValueError("CollapseGuard.action=raise_weight multiplies load_balancing_weight, which is 0")
+
+    @override
+    def on_train_start(self, trainer, pl_module) -> None:
+        if self.weight is not None:  # resumed
+            pl_module.active.load_balancing_weight = self.weight
+
+    @override
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if pl_module.active.phase != "moe":
+            return
+        self._count(pl_module, batch)
+        if self.looked_at is None:
+            self.looked_at = pl_module.swap_step or 0
+        if trainer.global_step - self.looked_at >= self.window:
+            self.looked_at = trainer.global_step
+            self._look(trainer, pl_module)
+
+    def _count(self, module, batch) -> None:
+        logits_DTE, expert_ids_DTK = last_routing(module.lm)
+        weight_T = (batch["example_ids"] != PADDING).flatten().float()
+        counts_DE = assignment_counts(expert_ids_DTK, weight_T, logits_DTE.shape[-1])
+        self.counts_DE = counts_DE if self.counts_DE is None else self.counts_DE.to(counts_DE) + counts_DE
+
+    def _look(self, trainer, module) -> None:
+        share_DE, entropy_D = balance_of(all_sum(self.counts_DE).cpu())  # type: ignore[arg-type]
+        self.counts_DE = None
+        module.log("router/min_share", float(share_DE.min()), batch_size=1, rank_zero_only=True)
+        module.log("router/min_entropy", float(entropy_D.min()), batch_size=1, rank_zero_only=True)
+        lines = collapsed(share_DE, entropy_D, min_share=self.min_share, min_entropy=self.min_entropy)
+        if lines:
+            warnings.warn(
+                f"step {trainer.global_step}: the router collapses ({self._act(trainer, module.active)}). "
+                + "; ".join(lines),
+                stacklevel=2,
+            )
+
+    def _act(self, trainer, moe) -> str:
+        """Do what is configured; says what."""
+        if self.action == "stop":
+            trainer.should_stop = True
+            return "stopping"
+        if self.action == "raise_weight":
+            now = moe.load_balancing_weight
+            self.weight = moe.load_balancing_weight = max(now, min(self.factor * now, self.max_weight))
+            return f"load_balancing_weight is now {self.weight:g}"
+        return "nothing done; see CollapseGuard.action"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # of several ranks, rank 0's counts stand for all
+        counts = None if self.counts_DE is None else self.counts_DE.cpu()
+        return {"looked_at": self.looked_at, "counts_DE": counts, "weight": self.weight}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.looked_at = state_dict["looked_at"]
+        self.counts_DE = state_dict["counts_DE"]
+        self.weight = state_dict["weight"]

@@ -1,0 +1,83 @@
+"""Who gets which tokens, right after the swap and at every validation after it."""
+
+import time
+from contextlib import ExitStack
+
+from typing_extensions import override
+
+from callbacks.pictures import Pictures, bar, log_now, run_of
+from upit.distributed import rank
+from upit.metrics import DomainRouting, summary
+from upit.routing import count_heldout, domain_routing, expert_choices_of, token_view
+
+DRAWING = 0.01
+
+
+class RoutingPicture(Pictures):
+    """Count the held-out tokens by layer, expert and domain: nothing in the training step.
+
+    Counts ride along with the validation's own passes and stay on the device until its end. Each snapshot goes to
+    ``<run>/routing/step_*.json`` and is logged as ``router/*``; pictures are drawn at the swap, at the end, and
+    at the ends of epochs that are long enough for it to take at most ``DRAWING`` of the time.
+    """
+
+    tags = ("router/domains", "router/load", "router/over_time", "router/tokens")
+
+    def __init__(self) -> None:
+        self.metric: DomainRouting | None = None
+        self._tap = ExitStack()
+        self._drawn_at = self._seconds = 0.0
+
+    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+        module.eval()
+        metric = domain_routing(module.lm, trainer.datamodule)
+        count_heldout(module.lm, metric, trainer.datamodule, autocast=module.autocast, track=bar("Counting routing"))
+        log_now(trainer, self._snapshot(trainer, module, metric))
+        module.train()
+        self.show(trainer)
+
+    @override
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        counts = pl_module.phase == "moe" and not trainer.sanity_checking
+        self.metric = domain_routing(pl_module.lm, trainer.datamodule) if counts else None
+
+    @override
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.metric is not None:
+            self._choices = self._tap.enter_context(expert_choices_of(pl_module.lm))
+
+    @override
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.metric is not None:
+            self._tap.close()
+            self.metric.update(self._choices, batch["example_ids"].flatten())
+
+    @override
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        if self.metric is not None:
+            pl_module.log_dict(self._snapshot(trainer, pl_module, self.metric))
+
+    @override
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        if pl_module.phase == "moe" and (time.perf_counter() - self._drawn_at) * DRAWING > self._seconds:
+            self.show(trainer)
+
+    @override
+    def on_train_end(self, trainer, pl_module) -> None:
+        if pl_module.phase == "moe":
+            self.show(trainer)
+
+    @override
+    def show(self, trainer) -> None:
+        start = time.perf_counter()
+        super().show(trainer)
+        self._drawn_at = time.perf_counter()
+        self._seconds = self._drawn_at - start
+
+    def _snapshot(self, trainer, module, metric: DomainRouting) -> dict[str, float]:
+        """Write what was counted, and sum it up; a collective."""
+        routing = {name: value.cpu() for name, value in metric.compute().items()}
+        tokens = token_view(module.lm, trainer.datamodule, autocast=module.autocast)
+        if rank() == 0 and trainer.state.fn == "fit":
+            run_of(trainer).save_routing(trainer.global_step, trainer.datamodule.domains, routing, tokens)
+        return {f"router/{name}": value for name, value in summary(**routing).items()}

@@ -1,0 +1,136 @@
+"""The pictures' callbacks: what a run's event files hold, and that watching changes nothing."""
+
+import csv
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import (
+    CurvesPicture,
+    DiversityPicture,
+    LineagePicture,
+    PilotPicture,
+    RoutingPicture,
+    SeedDataPicture,
+    SwapPicture,
+)
+from tests.conftest import make_callbacks, make_module, make_trainer
+from upit.artefacts import Run
+from upit.pictures import PICTURES
+
+GROUPS = {"dense", "harvest", "experts", "router", "moe", "eval", "train", "val"}
+
+
+@pytest.fixture(scope="module")
+def events(pictured) -> EventAccumulator:
+    return EventAccumulator(str(pictured), size_guidance={"images": 0, "scalars": 0, "tensors": 0}).Reload()
+
+
+def test_scalars_are_grouped_and_few(events):
+    tags = events.Tags()["scalars"]
+    assert len(tags) <= 100
+    assert {tag.split("/")[0] for tag in tags} - {"epoch", "lr-AdamW"} <= GROUPS
+    assert {"harvest/specialist_gain_loss", "router/mutual_information", "moe/phase", "eval/final/loss"} <= set(tags)
+
+
+def test_every_picture_is_there_and_is_one(events):
+    assert set(events.Tags()["images"]) == set(PICTURES)
+    for tag in PICTURES:
+        pixels = np.asarray(Image.open(BytesIO(events.Images(tag)[-1].encoded_image_string)).convert("L"))
+        assert min(pixels.shape) > 150, tag
+        assert pixels.std() > 10, tag
+
+
+def test_phase_is_a_step_at_the_swap(events):
+    assert [(event.step, event.value) for event in events.Scalars("moe/phase")] == [(0, 0.0), (4, 0.0), (4, 1.0)]
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(12)), "one curve over both phases"
+
+
+def test_routing_is_snapped_at_the_swap_and_at_each_validation(events):
+    assert [event.step for event in events.Scalars("router/load_entropy")] == [4, 7, 11]
+    assert [event.step for event in events.Images("router/domains")] == [4, 12]
+
+
+def test_hparams_name_every_class_and_argument(events, pictured):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert found["model.moe.num_experts"].number_value == 4
+    assert found["model"].string_value == "UpITModule"
+    config = yaml.safe_load((pictured / "config.yaml").read_text())
+    assert set(config["model"]["init_args"]["dense"]["init_args"]) <= {
+        name.removeprefix("model.dense.") for name in found if name.startswith("model.dense.")
+    }
+
+
+def test_final_table_as_text(events, pictured):
+    text = events.Tensors("eval/scores/text_summary")[-1].tensor_proto.string_val[0].decode()
+    final = json.loads((pictured / "report.json").read_text())["stages"]["final"]["average"]
+    assert "| letters |" in text
+    assert f"{final['loss']:.3f}, {final['exact_match']:.1%}" in text
+
+
+def test_artefacts_agree_with_the_run(pictured):
+    run = Run(pictured)
+    assert [point["step"] for point in run.pilot] == [2, 4]
+    # the last checkpoint is the model at the swap, so its scores are the dense model's
+    dense = run.report["stages"]["dense"]["domains"]
+    for domain, scores in run.pilot[-1]["domains"].items():
+        assert scores["loss"] == pytest.approx(dense[domain]["loss"], rel=1e-5)
+        assert scores["exact_match"] == dense[domain]["exact_match"]
+        assert run.swap["before"][domain] == pytest.approx(dense[domain]["loss"], rel=1e-5)
+        after = run.report["stages"]["swap"]["domains"][domain]["loss"]
+        assert run.swap["after"][domain] == pytest.approx(after, rel=1e-5)
+    assert run.swap["kl"] == run.report["swap_drift_kl"]
+    counts = [snapshot["counts_DEC"] for snapshot in run.routing]
+    assert all((c.sum((1, 2)) == counts[0][0].sum()).all() for c in counts), "every layer routes every token"
+    assert {len(example["experts"]) for example in run.routing[0]["tokens"]["examples"]} == {2}
+
+
+def watchers() -> list:
+    return [
+        PilotPicture(), DiversityPicture(), LineagePicture(), SeedDataPicture(), SwapPicture(), RoutingPicture(),
+        CurvesPicture(),
+    ]  # fmt: skip
+
+
+def test_watching_changes_no_bit(finished, make_data, tmp_path):
+    module = make_module()
+    trainer = make_trainer(tmp_path, [*watchers(), *make_callbacks()])
+    trainer.fit(module, datamodule=make_data())
+    for (name, ours), theirs in zip(module.state_dict().items(), finished[2].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_validate_counts_routing_but_leaves_the_run_alone(finished, make_data, tmp_path):
+    run, _, _ = finished
+    trainer = make_trainer(tmp_path, [RoutingPicture()], logger=False)
+    scores = trainer.validate(
+        make_module(), datamodule=make_data(), ckpt_path=run / "checkpoints/step=9.ckpt", verbose=False
+    )
+    assert 0.0 < scores[0]["router/load_entropy"] <= 1.0
+    assert not (tmp_path / "routing").exists()
+
+
+def test_pilot_without_answers(make_data, tmp_path):
+    trainer = make_trainer(tmp_path, [PilotPicture(exact_match=False), *make_callbacks(report=False)], max_steps=7)
+    trainer.fit(make_module(), datamodule=make_data())
+    assert set(Run(tmp_path).pilot[0]["domains"]["letters"]) == {"loss"}
+    header = next(csv.reader((tmp_path / "metrics.csv").open()))
+    assert "harvest/specialist_gain_loss" in header
+    assert "harvest/specialist_gain_exact_match" not in header
+
+
+def test_every_picture_is_switched_on_in_the_quickstart():
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text())
+    chosen = {callback["class_path"] for callback in config["trainer"]["callbacks"]}
+    assert {f"callbacks.{type(watcher).__name__}" for watcher in watchers()} | {"callbacks.HParams"} <= chosen

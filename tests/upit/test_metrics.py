@@ -1,0 +1,122 @@
+"""Routing statistics against plain numpy, and the metric over two ranks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from upit.metrics import (
+    DomainRouting,
+    dead_experts,
+    domain_shares,
+    load,
+    load_entropy,
+    mutual_information,
+    summary,
+)
+
+D, E, C, S, K = 3, 5, 4, 40, 2
+
+
+def routing(seed: int = 0, tokens: int = 300):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(D, tokens, E, generator=generator)
+    examples_T = torch.randint(-1, S, (tokens,), generator=generator)
+    return [layer.topk(K).indices for layer in logits], examples_T
+
+
+def metric(**kwargs) -> DomainRouting:
+    return DomainRouting(num_layers=D, num_experts=E, domains=[s % C for s in range(S)], num_domains=C, **kwargs)
+
+
+def naive_counts(expert_ids, examples_T, labels) -> np.ndarray:
+    counts = np.zeros((D, E, C), dtype=int)
+    for layer in range(D):
+        for chosen, example in zip(expert_ids[layer].tolist(), examples_T.tolist(), strict=True):
+            for expert in chosen if example >= 0 else ():
+                counts[layer, expert, labels[example]] += 1
+    return counts
+
+
+def naive_information(counts) -> float:
+    joint = counts / counts.sum()
+    total = 0.0
+    for e in range(joint.shape[0]):
+        for c in range(joint.shape[1]):
+            if joint[e, c] > 0:
+                total += joint[e, c] * math.log2(joint[e, c] / (joint[e].sum() * joint[:, c].sum()))
+    return total
+
+
+def test_counts_equal_a_loop_and_leave_padding_out():
+    expert_ids, examples_T = routing()
+    counted = metric()
+    counted.update(expert_ids, examples_T)
+    expected = naive_counts(expert_ids, examples_T, [s % C for s in range(S)])
+    np.testing.assert_array_equal(counted.compute()["counts_DEC"].numpy(), expected)
+
+
+def test_statistics_equal_numpy():
+    counts = torch.randint(0, 50, (D, E, C), generator=torch.Generator().manual_seed(1))
+    for layer in range(D):
+        own = counts[layer].numpy()
+        share = own.sum(1) / own.sum()
+        assert float(load_entropy(counts)[layer]) == pytest.approx(-(share * np.log(share)).sum() / math.log(E))
+        assert float(mutual_information(counts)[layer]) == pytest.approx(naive_information(own))
+        np.testing.assert_allclose(load(counts)[layer].numpy(), share * E)
+        np.testing.assert_allclose(domain_shares(counts)[layer].numpy(), own / own.sum(0))
+
+
+def test_mutual_information_at_its_ends():
+    assert float(mutual_information(10 * torch.eye(4, dtype=torch.int64))) == pytest.approx(2.0)
+    assert float(mutual_information(torch.ones(4, 4, dtype=torch.int64))) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_dead_experts_are_those_far_below_an_even_share():
+    counts = torch.tensor([[1000], [1000], [4], [0]])
+    assert int(dead_experts(counts)) == 2
+    assert float(load_entropy(torch.tensor([[7], [0], [0]]))) == 0.0
+
+
+def test_shuffled_baseline_keeps_examples_whole():
+    """Every example has an expert of its own, no domain has: only shuffling whole examples shows that it is chance."""
+    examples_T = torch.arange(S).repeat_interleave(50)
+    expert_ids = [(examples_T % E)[:, None]] * D
+    counted = DomainRouting(
+        num_layers=D, num_experts=E, domains=[(s // E) % C for s in range(S)], num_domains=C, shuffles=64
+    )
+    counted.update(expert_ids, examples_T)
+    result = counted.compute()
+    by_token = (E - 1) * (C - 1) / (2 * len(examples_T) * math.log(2))  # what shuffled tokens would give
+    assert float(result["shuffled_D"].mean()) > 10 * by_token
+    assert float(mutual_information(result["counts_DEC"]).mean()) < float(result["shuffled_D"].mean())
+
+
+def test_two_ranks_equal_one():
+    """The ranks' metrics gather each other's states, as torch.distributed would."""
+    one, ranks = metric(), []
+    for rank in range(2):
+        expert_ids, examples_T = routing(seed=rank)
+        one.update(expert_ids, examples_T)
+        ranks.append(
+            metric(
+                dist_sync_fn=lambda state, group: [other.counts_RDEC for other in ranks],
+                distributed_available_fn=lambda: True,
+            )
+        )
+        ranks[rank].update(expert_ids, examples_T)
+    expected = one.compute()
+    for rank in ranks:
+        for name, value in rank.compute().items():
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_summary_is_plain_numbers():
+    expert_ids, examples_T = routing()
+    counted = metric()
+    counted.update(expert_ids, examples_T)
+    numbers = summary(**counted.compute())
+    assert all(isinstance(value, float) for value in numbers.values())
+    assert numbers["dead_experts"] == 0.0
+    assert numbers["max_load"] >= 1.0

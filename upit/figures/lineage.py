@@ -1,0 +1,83 @@
+"""The family tree of the experts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+
+from upit.figures.base import PALETTE, canvas
+
+Entry = Mapping[str, Any]
+
+
+def generations(lineage: Sequence[Entry]) -> list[int]:
+    """Generation of each expert: 0 without parents, else one more than its youngest parent."""
+    depth: list[int] = []
+    for entry in lineage:
+        depth.append(max((depth[parent] for parent in entry.get("parents", [])), default=-1) + 1)
+    return depth
+
+
+def short_name(entry: Entry) -> str:
+    """An expert in a few letters: its number and where it comes from."""
+    parents = entry.get("parents")
+    if parents:
+        return f"{entry['expert']} ({'+'.join(map(str, parents))})"
+    return f"{entry['expert']} (step {entry['step']})" if "step" in entry else f"{entry['expert']} ({entry['kind']})"
+
+
+def birth(entry: Entry) -> str:
+    """How an expert came to be, with alpha, beta and drop rate where it was merged."""
+    parents = entry.get("parents")
+    if not parents:
+        epoch = f", epoch {entry['epoch']:.2f}" if "epoch" in entry else ""
+        return f"{entry['kind']}, step {entry['step']}{epoch}" if "step" in entry else entry["kind"]
+    weights = [entry.get("alpha"), entry.get("beta")]
+    terms = [
+        f"{weight:.2f} × {parent}" if weight is not None else str(parent)
+        for weight, parent in zip(weights[: len(parents)], parents, strict=False)
+    ]
+    text = " + ".join(terms)
+    if "drop_rate" in entry:
+        text += f", DARE p = {entry['drop_rate']:g}"
+    return f"{text}, parents' cosine {entry['similarity']:.2f}" if entry.get("similarity") is not None else text
+
+
+def lineage_figure(lineage: Sequence[Entry]) -> Figure:
+    """One row an expert, one column a generation, an arrow from each parent (its width is the parent's weight).
+
+    Args:
+        lineage: of :mod:`upit.expansion`, in the order of the experts.
+    """
+    depth = generations(lineage)
+    width = min(max(1.6, 0.8 * max(depth)), 8.0)
+    figure = canvas(width + 5.2, max(2.0, 0.26 * len(lineage) + 0.9))
+    axes = figure.subplots()
+    for entry, x in zip(lineage, depth, strict=True):
+        y = entry["expert"]
+        for parent, key in zip(entry.get("parents", []), ("alpha", "beta"), strict=False):
+            weight = entry.get(key, 0.5)
+            curve = "arc3,rad=-0.12" if key == "alpha" else "arc3,rad=0.12"
+            axes.add_patch(
+                FancyArrowPatch(
+                    (depth[parent], parent), (x, y), connectionstyle=curve, arrowstyle="-|>", mutation_scale=8,
+                    linewidth=0.4 + 2.2 * weight, color=PALETTE[0] if key == "alpha" else PALETTE[1], alpha=0.7,
+                    shrinkA=6, shrinkB=6,
+                )
+            )  # fmt: skip
+        axes.plot(x, y, "o", markersize=11, color="white", markeredgecolor="0.2", zorder=3)
+        axes.text(x, y, str(entry["expert"]), ha="center", va="center", fontsize=7, zorder=4)
+        axes.annotate(
+            birth(entry), (1.0, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=8, annotation_clip=False,
+        )  # fmt: skip
+        axes.axhline(y, color="0.92", linewidth=0.8, zorder=0)
+    axes.set_xlim(-0.4, max(depth) + 0.4)
+    axes.set_ylim(len(lineage) - 0.4, -0.6)
+    axes.set_xticks(range(max(depth) + 1))
+    axes.set_yticks([])
+    axes.set_xlabel("generation")
+    axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure

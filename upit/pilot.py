@@ -1,0 +1,130 @@
+"""Are the checkpoints specialists? Score each on the held-out domains (arXiv:2410.01610, Figure 2), and measure how
+far they travelled."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from upit.evaluation import evaluate
+from upit.families import is_expert
+from upit.merging import task_vector
+from upit.pool import Expert
+from upit.scoring import Autocast, load_expert, score_examples
+from upit.sharding import local
+
+Track = Callable[[Iterable], Iterable]
+HIGHER_IS_BETTER = {"loss": False, "exact_match": True}
+
+
+def score_checkpoints(
+    dense: PreTrainedModel,
+    pool: Sequence[Expert],
+    data,
+    *,
+    exact_match: bool = True,
+    autocast: Autocast = nullcontext,
+    track: Track = lambda experts: experts,
+) -> list[dict[str, Any]]:
+    """Held-out scores per domain of every checkpoint's FFN in the dense model's other weights, as a MoE would use it.
+
+    Args:
+        dense: its FFN is overwritten in turn and then restored.
+        data: data module, for ``heldout_set``, ``tokenizer`` and ``verify``.
+        exact_match: generate the answers too; takes much longer than the loss.
+    Returns: one ``{"step", "epoch", "domains": {name: {"loss"[, "exact_match"]}}}`` a checkpoint.
+    """
+    scored = []
+    with borrowed(dense):
+        for expert in track(pool):
+            load_expert(dense, expert)
+            if exact_match:
+                domains = evaluate(
+                    dense,
+                    data.tokenizer,
+                    data.heldout_set,
+                    data.verify,
+                    max_tokens=data.eval_batch_tokens,
+                    autocast=autocast,
+                )["domains"]
+            else:
+                domains = {
+                    name: {"loss": loss} for name, loss in domain_losses(dense, data, autocast=autocast).items()
+                }
+            scored.append({"step": expert.step, "epoch": expert.epoch, "domains": domains})
+    return scored
+
+
+def domain_losses(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext) -> dict[str, float]:
+    """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
+    rows, was_training = data.heldout_set, model.training
+    model.eval()
+    loss_S, tokens_S = score_examples(
+        model,
+        range(len(rows)),
+        rows,
+        pad_id=data.tokenizer.pad_token_id,
+        max_tokens=data.eval_batch_tokens,
+        autocast=autocast,
+    )
+    model.train(was_training)
+    losses = {}
+    for name in data.domains:
+        own_S = torch.tensor([row["domain"] == name for row in rows])
+        losses[name] = float(loss_S[own_S].sum() / tokens_S[own_S].sum().clamp(min=1))
+    return losses
+
+
+@contextmanager
+def borrowed(dense: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode with an FFN that may be overwritten: it is restored after, bit for bit, each rank its shard."""
+    was_training = dense.training
+    dense.eval()
+    kept = {name: local(p).to("cpu", copy=True) for name, p in dense.named_parameters() if is_expert(name)}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, param in dense.named_parameters():
+                if name in kept:
+                    local(param).copy_(kept[name])
+        dense.train(was_training)
+
+
+def specialist_gain(checkpoints: Sequence[Mapping[str, Any]], metric: str) -> float:
+    """What an oracle that picks the best checkpoint for each domain gains over the best single checkpoint.
+
+    Means over the domains, in the metric's unit (nats, or 0..1); never negative, and 0 where one checkpoint is the
+    best of all domains.
+    """
+    sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
+    domains = checkpoints[0]["domains"]
+    scores_MC = torch.tensor(
+        [[sign * point["domains"][name][metric] for name in domains] for point in checkpoints], dtype=torch.float64
+    )
+    return float(scores_MC.amax(0).mean() - scores_MC.mean(1).max())
+
+
+def distances(pool: Sequence[Expert], base: Expert, *, track: Track = lambda names: names) -> list[dict[str, Any]]:
+    """How far the checkpoints' FFN weights travelled, as parts of the base's norm; streams tensor by tensor.
+
+    Returns: one ``{"step", "epoch", "from_base", "from_previous"}`` a checkpoint.
+    """
+    squares = torch.zeros(2, len(pool), dtype=torch.float64)
+    size = 0.0
+    for name in track(base.shapes):
+        origin = base.read(name)
+        size += float(origin.double().square().sum())
+        previous = origin
+        for i, expert in enumerate(pool):
+            tensor = expert.read(name)
+            squares[0, i] += task_vector(tensor, origin).double().square().sum()
+            squares[1, i] += task_vector(tensor, previous).double().square().sum()
+            previous = tensor
+    from_base, from_previous = (squares.sqrt() / max(size, 1e-30) ** 0.5).tolist()
+    return [
+        {"step": expert.step, "epoch": expert.epoch, "from_base": far, "from_previous": stride}
+        for expert, far, stride in zip(pool, from_base, from_previous, strict=True)
+    ]

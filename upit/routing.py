@@ -1,0 +1,95 @@
+"""Tap the routers: which experts the tokens of held-out examples go to."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from upit.distributed import own_share
+from upit.examples import Batch, collate, length_grouped
+from upit.forward import moe_routers, response_logits
+from upit.metrics import DomainRouting
+from upit.scoring import Autocast, to_device
+
+SHOWN_TOKENS = 80  # of an example in the token view; ours
+
+
+@contextmanager
+def expert_choices_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect the routers' choices, one (tokens, top_k) tensor a layer, of the forward passes within."""
+    choices: list[Tensor] = []
+
+    def collect(_, __, output):
+        choices.append(output[2])
+
+    handles = [router.register_forward_hook(collect) for router in moe_routers(model)]
+    try:
+        yield choices
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def domain_routing(model: PreTrainedModel, data) -> DomainRouting:
+    """An empty count for a MoE and the held-out examples of a data module, on the model's device."""
+    return DomainRouting(
+        num_layers=len(moe_routers(model)),
+        num_experts=moe_routers(model)[0].weight.shape[0],
+        domains=[data.domains.index(row["domain"]) for row in data.heldout_set],
+        num_domains=len(data.domains),
+    ).to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def count_heldout(
+    model: PreTrainedModel,
+    metric: DomainRouting,
+    data,
+    *,
+    autocast: Autocast = nullcontext,
+    track: Callable[[Iterable], Iterable] = lambda batches: batches,
+) -> None:
+    """Count the routing of all held-out examples; the ranks share the batches. The model is in evaluation mode."""
+    lengths = [len(row["input_ids"]) for row in data.heldout_set]
+    groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
+    for group, counts in track(own_share(groups)):
+        batch = _batch(model, data, group)
+        with autocast(), expert_choices_of(model) as choices:
+            response_logits(model, batch)
+        if counts:
+            metric.update(choices, batch["example_ids"].flatten())
+
+
+@torch.no_grad()
+def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext) -> dict[str, Any]:
+    """First choice of each token of one held-out example a domain, in the first, middle and last layer.
+
+    Every rank computes all of it. Returns: ``{"layers": [...], "examples": [{"domain", "tokens", "experts"}]}``, the
+    experts one list a layer.
+    """
+    first = {row["domain"]: i for i, row in reversed(list(enumerate(data.heldout_set)))}
+    batch = _batch(model, data, [first[domain] for domain in data.domains])
+    with autocast(), expert_choices_of(model) as choices:
+        response_logits(model, batch)
+    layers = sorted({0, len(choices) // 2, len(choices) - 1})
+    width = batch["input_ids"].shape[1]
+    chosen = [choices[layer][:, 0].view(-1, width).tolist() for layer in layers]
+    examples = []
+    for row, domain in enumerate(data.domains):
+        ids = data.heldout_set[first[domain]]["input_ids"][:SHOWN_TOKENS]
+        examples.append(
+            {
+                "domain": domain,
+                "tokens": [data.tokenizer.decode([token]) for token in ids],
+                "experts": [layer[row][: len(ids)] for layer in chosen],
+            }
+        )
+    return {"layers": layers, "examples": examples}
+
+
+def _batch(model: PreTrainedModel, data, indices: list[int]) -> Batch:
+    batch = collate([[i] for i in indices], data.heldout_set, pad_id=data.tokenizer.pad_token_id)
+    return to_device(batch, next(model.parameters()).device)

@@ -1,0 +1,163 @@
+"""Run a list of configs over several random seeds, each in a process of its own, and compare them.
+
+<output>/<config>/seed_<n>/   a run like any other
+<output>/summary.json         mean and standard deviation of each config
+<output>/hparams/<config>/    the same for TensorBoard's HParams
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from upit.files import read_json, write_json
+
+METRICS = ("loss", "exact_match")
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    config: str  # its name
+    files: tuple[Path, ...]  # the base configs and its own
+    seed: int
+    run: Path
+
+
+def plan(base: Sequence[Path], configs: Sequence[Path], seeds: Sequence[int], output: Path) -> list[Cell]:
+    """Every run of a sweep: the base by itself, then each config stacked on it, over all seeds.
+
+    Raises: ValueError: a config file is missing, two share a name, or a seed is given twice.
+    """
+    for path in (*base, *configs):
+        if not path.is_file():
+            raise ValueError(f"config {str(path)!r} does not exist")
+    stacks = {base[-1].stem: tuple(base)}
+    for path in configs:
+        if path.stem in stacks:
+            raise ValueError(f"two configs are named {path.stem!r}; a run's directory has its config's name")
+        stacks[path.stem] = (*base, path)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} holds one twice")
+    return [
+        Cell(name, files, seed, output / name / f"seed_{seed}") for name, files in stacks.items() for seed in seeds
+    ]
+
+
+def final_scores(run: Path) -> dict[str, float] | None:
+    """Average scores at the end of a run; None before it is finished."""
+    file = run / "report.json"
+    report = read_json(file) if file.exists() else {}
+    return list(report["stages"].values())[-1]["average"] if report.get("finished") else None
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that was written last."""
+    found = [path for path in (run / "checkpoints").glob("*") if path.suffix == ".ckpt"]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def fit(cell: Cell, extra: Sequence[str] = ()) -> bool:
+    """Run a cell from its last checkpoint, or anew: what an interrupted run left before its first one is removed.
+
+    Args:
+        extra: more arguments of ``upit fit``.
+    Returns: whether it finished.
+    """
+    command = [sys.executable, "-m", "upit", "fit"]
+    for file in cell.files:
+        command += ["-c", str(file)]
+    command += ["--seed_everything", str(cell.seed), "--trainer.default_root_dir", str(cell.run), *extra]
+    checkpoint = last_checkpoint(cell.run)
+    if checkpoint is not None:
+        command += ["--ckpt_path", str(checkpoint)]
+    elif cell.run.exists():
+        shutil.rmtree(cell.run)
+    subprocess.run(command, env={**os.environ, "UPIT_RUN_DIR": str(cell.run)}, check=False)
+    return final_scores(cell.run) is not None
+
+
+def sweep(
+    cells: Sequence[Cell],
+    output: Path,
+    *,
+    extra: Sequence[str] = (),
+    console: Console | None = None,
+    run: Callable[[Cell, Sequence[str]], bool] = fit,
+) -> list[Cell]:
+    """Run all cells that are not finished; write and print the comparison after each.
+
+    Returns: the cells that failed; the others go on without them.
+    """
+    console = console or Console()
+    failed = []
+    for number, cell in enumerate(cells, start=1):
+        finished = final_scores(cell.run) is not None
+        state = "finished before" if finished else "resumed" if last_checkpoint(cell.run) else "started"
+        console.rule(f"{number}/{len(cells)}  {cell.config}, seed {cell.seed}: {state}")
+        console.file.flush()  # the run writes to the same terminal
+        if not finished and not run(cell, extra):
+            failed.append(cell)
+        summary = summarise(cells)
+        write_json(output / "summary.json", summary)
+    write_hparams(summary, output / "hparams")
+    print_summary(summary, console)
+    for cell in failed:
+        console.print(f"[bold]{cell.config}, seed {cell.seed}, failed;[/bold] the same command tries it again")
+    return failed
+
+
+def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Mean and sample standard deviation of the final scores by config, over its finished runs.
+
+    Returns: ``{config: {"runs": n, metric: {"mean", "std"}}}``; no std of a single run.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(cell.config for cell in cells):
+        scores = [found for cell in cells if cell.config == name and (found := final_scores(cell.run))]
+        summary[name] = {"runs": len(scores)}
+        for metric in METRICS if scores else ():
+            values = [score[metric] for score in scores]
+            std = statistics.stdev(values) if len(values) > 1 else None
+            summary[name][metric] = {"mean": statistics.fmean(values), "std": std}
+    return summary
+
+
+def print_summary(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    table = Table(title="Held-out scores at the end, mean ± standard deviation")
+    for column in ("config", "runs", "loss (nats)", "exact match"):
+        table.add_column(column, justify="left" if column == "config" else "right")
+    for name, entry in summary.items():
+        loss, match = (entry.get(metric) for metric in METRICS)
+        table.add_row(name, str(entry["runs"]), _cell(loss, "{:.3f}"), _cell(match, "{:.1%}"))
+    console.print(table)
+
+
+def _cell(value: Mapping[str, float | None] | None, form: str) -> str:
+    if value is None:
+        return "-"
+    std = value["std"]
+    return form.format(value["mean"]) + ("" if std is None else f" ± {form.format(std)}")
+
+
+def write_hparams(summary: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+    """One row of TensorBoard's HParams a config."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(directory, ignore_errors=True)
+    for name, entry in summary.items():
+        scores = {
+            f"sweep/{metric}_{kind}": value
+            for metric in METRICS
+            for kind, value in entry.get(metric, {}).items()
+            if value is not None
+        }
+        with SummaryWriter(str(directory / name)) as writer:
+            writer.add_hparams({"config": name, "runs": entry["runs"]}, scores, run_name=".")
