@@ -13,11 +13,12 @@ SUBCOMMANDS = {
     "test": "exact match per domain of a dense or MoE checkpoint",
     "predict": "answer the prompts of a JSONL file",
     "export": "write a checkpoint's model in stock transformers format",
-    "upcycle": "assemble dense checkpoints into a MoE, without a trainer",
+    "expand": "make any number of experts from a few checkpoints",
+    "upcycle": "assemble dense checkpoints into a MoE",
     "sweep": "run several configs over several seeds, and compare them",
     "report": "one HTML page about a run, or several side by side",
 }
-STAGES = ("upcycle",)  # functions of upit.stages
+STAGES = ("expand", "upcycle")  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
 
 
@@ -84,7 +85,10 @@ def _stage(command: str, args: list[str]) -> None:
         return
     from jsonargparse import auto_cli
 
-    args = ["--overwrite=true" if arg == "--overwrite" else arg for arg in args]
+    bare = [
+        arg == "--overwrite" and after.startswith("--") for arg, after in zip(args, [*args[1:], "--"], strict=True)
+    ]
+    args = [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
     try:
         auto_cli(function, args=args, as_positional=False, prog=f"upit {command}", parser_mode="yaml")
     except (OSError, ValueError) as error:

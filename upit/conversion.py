@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
-from upit.files import check_output, fresh_directory
+from upit.files import Estimate, fresh_directory
 from upit.pool import Expert
 from upit.tensor_files import SHARD_BYTES, TensorFileError, TensorFiles, write_checkpoint
 
@@ -35,16 +34,6 @@ _LEFT_OUT = "rotary_emb.inv_freq"  # buffers that old checkpoints hold and no mo
 
 Read = Callable[[], Tensor]
 Track = Callable[[Iterable[str]], Iterable[str]]
-
-
-class Estimate(NamedTuple):
-    """Bytes that a conversion takes."""
-
-    memory: int  # beyond what the process holds already
-    disk: int
-
-    def __str__(self) -> str:
-        return f"{self.memory / 1e6:.0f} MB of memory, {self.disk / 1e9:.2f} GB on disk"
 
 
 class Conversion:
@@ -134,21 +123,6 @@ class Conversion:
         shape = (self.dense.num_hidden_layers, len(self.experts), self.dense.hidden_size)
         sizes = [torch.Size(shape).numel() for shape, _ in self.plan(torch.empty(shape, device="meta")).values()]
         return Estimate(max(sizes) * (4 + self.dtype.itemsize), sum(sizes) * self.dtype.itemsize)
-
-    def check_room(self, estimate: Estimate, output: Path, *, overwrite: bool = False) -> None:
-        """Raises:
-        FileExistsError: the output is not empty.
-        ValueError: memory or disk can't hold what the estimate says.
-        """
-        if not overwrite:
-            check_output(output)
-        exists = next(path for path in output.absolute().parents if path.exists())
-        for what, needed, free in (
-            ("memory", estimate.memory, psutil.virtual_memory().available),
-            (f"disk at {str(exists)!r}", estimate.disk, shutil.disk_usage(exists).free),
-        ):
-            if needed > free:
-                raise ValueError(f"the conversion needs {needed / 1e9:.2f} GB of {what}, {free / 1e9:.2f} GB are free")
 
     def write(
         self,

@@ -195,7 +195,7 @@ class Checkpoints(ExpertSource):
         for path in self._directories():
             own = experts_at(path)
             for expert in own:
-                _check_shapes(expert, harvest.base)
+                check_shapes(expert, harvest.base)
             found += own
         return found
 
@@ -244,7 +244,7 @@ def _expert_of_model(path: Path) -> Expert:
     return Expert(path, known, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
 
 
-def _check_shapes(expert: Expert, base: Expert) -> None:
+def check_shapes(expert: Expert, base: Expert) -> None:
     """Raises: ExpertFileError: an expert's tensor is missing or has another shape than the dense model's."""
     own, shapes = expert.shapes, base.shapes
     for name in sorted(own.keys() | shapes.keys()):

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upit.merging import task_vector
 from upit.pool import Expert
 from upit.strategy import Strategy
 
@@ -63,9 +62,17 @@ class _OfParameters(Similarity):
 
     def products(self, experts, new, base, *, score=None, track=untracked):
         total = torch.zeros(new, len(experts), dtype=torch.float64)
-        for name in track(base.shapes, "(similarity)"):
-            origin = base.read(name) if self.against == "base" else torch.zeros((), dtype=torch.float32)
-            vectors = torch.stack([task_vector(expert.read(name), origin).flatten() for expert in experts])
+        sizes = {name: torch.Size(shape).numel() for name, shape in base.shapes.items()}
+        room = torch.empty(
+            len(experts), max(sizes.values()), dtype=torch.float32
+        )  # one for all: no page is faulted in twice
+        for name in track(sizes, "(similarity)"):
+            origin = (
+                base.read(name).flatten().float() if self.against == "base" else torch.zeros((), dtype=torch.float32)
+            )
+            vectors = room[:, : sizes[name]]
+            for vector, expert in zip(vectors, experts, strict=True):
+                torch.sub(expert.read(name).flatten(), origin, out=vector)
             total += (vectors[-new:] @ vectors.T).double()
         return total
 

@@ -6,6 +6,7 @@ runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from upit.examples import TrainingData
+    from upit.files import Estimate
+    from upit.merging import Merge
     from upit.pool import Expert
     from upit.router_init import RouterInit
     from upit.seed_data import Assignment
+    from upit.selection import Parents, Selection
+    from upit.similarity import Similarity
 
 
 def upcycle(
@@ -38,7 +43,7 @@ def upcycle(
     Args:
         base: dense checkpoint directory; gives config, tokenizer and every weight that is no expert's.
         experts: checkpoint directories, one an expert, and pools of harvested or expanded experts, which give all
-            theirs.
+            theirs; wildcards are expanded.
         output: directory to write.
         top_k: experts a token.
         router: initialisation of the router; default Random, the only one that needs no data.
@@ -53,14 +58,18 @@ def upcycle(
     import torch
 
     from upit.conversion import Conversion
+    from upit.files import check_output
 
     target = Path(output)
+    _check_apart(target, [base, *experts])
+    if not overwrite:
+        check_output(target)
     conversion = Conversion(
         Path(base), _experts_at(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None
     )
     estimate = conversion.estimate()
     print(f"{len(conversion.experts)} experts, top-{top_k}: needs {estimate}")
-    conversion.check_room(estimate, target, overwrite=overwrite)
+    estimate.check(target)
     conversion.experts, router_DEH = _initialise_router(
         router, Path(base), conversion.experts, data, seed_fraction, assignment, seed, target
     )
@@ -73,6 +82,99 @@ def upcycle(
         track=lambda names: _bar(names, "Upcycling"),
     )
     print(f"Upcycled to {output}")
+
+
+def expand(
+    base: str,
+    experts: list[str],
+    num_experts: int,
+    output: str,
+    merge: Merge | None = None,
+    parents: Parents | None = None,
+    similarity: Similarity | None = None,
+    selection: Selection | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Make any number of experts from a few checkpoints (arXiv:2410.01610, Algorithm 2), as a pool.
+
+    The pool holds the experts' parameters alone, a manifest, and their lineage and similarity. Interrupted, the same
+    command takes up what is finished.
+
+    Args:
+        base: where task vectors start, the model before instruction tuning: a checkpoint directory, or a pool, for
+            its base.
+        experts: checkpoint directories, one an expert, and pools, which give all theirs; wildcards are expanded.
+        num_experts: experts to end with; fewer than there are selects.
+        output: directory to write.
+        merge: how two parents become one more expert; default Dare.
+        parents: which two; default MostDissimilar.
+        similarity: how alike two experts are; default Cosine, of their task vectors.
+        selection: which ones are left out; default Even.
+        seed: of all that is drawn.
+        overwrite: replace the pool at the output.
+    """
+    import shutil
+
+    from upit.expansion import expand as expand_pool
+    from upit.expert_sources import check_shapes
+    from upit.files import write_json
+    from upit.pool import Pool
+
+    pool, found, origin = Pool(Path(output)), _experts_at(experts), _base_at(base)
+    _check_apart(pool.directory, [base, *experts])
+    for expert in found:
+        check_shapes(expert, origin)
+    if overwrite:
+        shutil.rmtree(pool.directory, ignore_errors=True)
+    elif pool.manifest_file.exists():
+        raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
+    estimate = _expansion_estimate(origin, max(num_experts, len(found)), num_experts)
+    print(f"{len(found)} experts to {num_experts}: needs {estimate}")
+    estimate.check(pool.directory)
+    expansion = expand_pool(
+        found,
+        origin,
+        num_experts=num_experts,
+        output=pool.directory,
+        merge=merge,
+        parents=parents,
+        selection=selection,
+        similarity=similarity,
+        seed=seed,
+        track=lambda names, what="": _bar(names, f"Expanding {what}"),
+    )
+    own = pool.gather(origin, expansion.experts)
+    places = [{"file": str(expert.file), "sha256": expert.sha256} for expert in own]
+    lineage = [entry | place for entry, place in zip(expansion.lineage, places, strict=True)]
+    write_json(pool.directory / "lineage.json", lineage)
+    write_json(pool.directory / "similarity.json", expansion.similarity)
+    print(f"{num_experts} experts in {output}")
+
+
+def _check_apart(output: Path, inputs: list[str]) -> None:
+    """Raises: ValueError: the output is one of the inputs, which overwriting would delete."""
+    from upit.expert_sources import directories
+
+    if output.resolve() in [path.resolve() for path in directories(inputs, field="base, experts")]:
+        raise ValueError(f"output={str(output)!r} is one of the inputs; name another directory")
+
+
+def _base_at(path: str) -> Expert:
+    from upit.expert_sources import experts_at
+    from upit.pool import Pool
+
+    pool = Pool(Path(path))
+    return pool.base if pool.manifest_file.exists() else experts_at(pool.directory)[0]
+
+
+def _expansion_estimate(base: Expert, in_memory: int, written: int) -> Estimate:
+    """One tensor of every expert in float32, and the experts' files with the base's."""
+    from upit.files import Estimate
+
+    largest = max(math.prod(shape) for shape in base.shapes.values())
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in base.specs.values())
+    return Estimate(4 * largest * (in_memory + 4), size * (written + 1))
 
 
 def _experts_at(paths: list[str]) -> list[Expert]:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.upit.tiny import dense_model, expert_of
-from upit.conversion import Conversion, Estimate
+from upit.conversion import Conversion
 from upit.expert_sources import experts_at
 from upit.families import FAMILIES, moe_config
-from upit.files import write_json
+from upit.files import Estimate, write_json
 from upit.tensor_files import INDEX, TensorFiles
 
 ROUTER_DEH = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(9))
@@ -147,13 +147,11 @@ def test_estimate_and_room(sources, tmp_path):
     conversion.write(ROUTER_DEH, tmp_path / "moe")
     assert estimate.disk == sum(tensor.nbytes for tensor in files_of(tmp_path / "moe").values())
     assert estimate.memory == 64 * 32 * 8
-    conversion.check_room(estimate, tmp_path / "new" / "moe")
+    estimate.check(tmp_path / "new" / "moe")
     with pytest.raises(ValueError, match=r"needs 1000000000.00 GB of memory"):
-        conversion.check_room(Estimate(10**18, 0), tmp_path / "new")
+        Estimate(10**18, 0).check(tmp_path)
     with pytest.raises(ValueError, match=r"needs 1000000000.00 GB of disk at"):
-        conversion.check_room(Estimate(0, 10**18), tmp_path / "new")
-    with pytest.raises(FileExistsError, match="is not empty"):
-        conversion.check_room(estimate, tmp_path / "moe")
+        Estimate(0, 10**18).check(tmp_path)
 
 
 @pytest.mark.parametrize(

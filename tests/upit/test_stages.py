@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.upit.tiny import dense_model
 from upit.cli import STAGES, main
+from upit.files import read_json
 from upit.forward import moe_routers
+from upit.pool import Pool
 
 
 @pytest.fixture
@@ -85,3 +87,68 @@ def test_help_is_cheap(command):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "output: " in done.stdout or "inspect" in command
+
+
+def expand(checkpoints, output, **keys):
+    run("expand", base=checkpoints[0], experts=checkpoints[1:], output=output, **{"num_experts": 4, **keys})
+
+
+def test_expand_writes_a_pool_that_upcycle_takes(checkpoints, tmp_path):
+    expand(checkpoints, tmp_path / "pool", merge="Linear", seed=1)
+    pool = Pool.load(tmp_path / "pool")
+    pool.verify()
+    lineage = read_json(tmp_path / "pool/lineage.json")
+    assert [entry["kind"] for entry in lineage] == ["checkpoint", "checkpoint", "merged", "merged"]
+    assert [expert.origin["kind"] for expert in pool.experts] == [entry["kind"] for entry in lineage]
+    assert len(read_json(tmp_path / "pool/similarity.json")) == 4
+    first, second, child, _ = pool.experts
+    name = "model.layers.1.mlp.up_proj.weight"
+    alpha = lineage[2]["alpha"]
+    assert lineage[2]["parents"] == [0, 1]
+    torch.testing.assert_close(child.read(name), alpha * first.read(name) + (1 - alpha) * second.read(name))
+    assert torch.equal(first.read(name), dense_model("llama", 1).state_dict()[name])
+    run("upcycle", base=checkpoints[0], experts=[str(pool.directory)], output=tmp_path / "moe")
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert torch.equal(moe.model.layers[1].mlp.experts.gate_up_proj[2, 48:], child.read(name))
+
+
+def test_expand_of_a_pool_keeps_its_lineage_and_selects(checkpoints, tmp_path):
+    expand(checkpoints, tmp_path / "four")
+    four = str(tmp_path / "four")
+    run("expand", base=four, experts=[four], output=tmp_path / "two", num_experts=2, selection="Last")
+    two = Pool.load(tmp_path / "two")
+    assert [expert.origin["kind"] for expert in two.experts] == ["merged", "merged"]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(two.base.read(name), dense_model("llama", 0).state_dict()[name])
+
+
+def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, monkeypatch):
+    pool = tmp_path / "pool"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "gather", killed)
+        with pytest.raises(KeyboardInterrupt):
+            expand(checkpoints, pool)
+    before = {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")}
+    assert len(before) == 2
+    expand(checkpoints, pool)
+    assert {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")} == before
+    with pytest.raises(SystemExit, match="holds a pool already"):
+        expand(checkpoints, pool)
+    with pytest.raises(SystemExit, match="is one of the inputs"):
+        run("expand", base=pool, experts=[str(pool)], output=pool, num_experts=5, overwrite="true")
+    expand(checkpoints, pool, num_experts=3, overwrite="true")
+    assert len(Pool.load(pool).experts) == 3
+
+
+def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
+    dense_model("llama", intermediate_size=40).save_pretrained(tmp_path / "odd")
+    with pytest.raises(SystemExit, match=r"odd: tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"):
+        expand([*checkpoints, str(tmp_path / "odd")], tmp_path / "pool")
+    with pytest.raises(SystemExit, match="experts: nothing is at"):
+        expand([*checkpoints, str(tmp_path / "nowhere")], tmp_path / "pool")
+    with pytest.raises(SystemExit, match="at least 2 checkpoints to merge"):
+        expand(checkpoints[:2], tmp_path / "pool")
