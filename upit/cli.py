@@ -15,10 +15,12 @@ SUBCOMMANDS = {
     "export": "write a checkpoint's model in stock transformers format",
     "expand": "make any number of experts from a few checkpoints",
     "upcycle": "assemble dense checkpoints into a MoE",
+    "init-router": "initialise the router of a MoE, or of experts that are to become one",
+    "inspect": "show what a run, a pool, a checkpoint or a model holds",
     "sweep": "run several configs over several seeds, and compare them",
     "report": "one HTML page about a run, or several side by side",
 }
-STAGES = ("expand", "upcycle")  # functions of upit.stages
+STAGES = ("expand", "init-router", "upcycle", "inspect")  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
 
 
@@ -43,7 +45,7 @@ def main(args: list[str] | None = None) -> None:
 def _overview() -> argparse.ArgumentParser:
     from upit import __version__
 
-    lines = "\n".join(f"  {name:10} {text}" for name, text in SUBCOMMANDS.items())
+    lines = "\n".join(f"  {name:12} {text}" for name, text in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
         "upit",
         description="Upcycle a dense language model into a Mixture-of-Experts during instruction tuning.",
@@ -90,7 +92,7 @@ def _stage(command: str, args: list[str]) -> None:
     ]
     args = [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
     try:
-        auto_cli(function, args=args, as_positional=False, prog=f"upit {command}", parser_mode="yaml")
+        auto_cli(function, args=args, as_positional=command == "inspect", prog=f"upit {command}", parser_mode="yaml")
     except (OSError, ValueError) as error:
         sys.exit(f"upit {command}: error: {error}")
 

@@ -238,10 +238,8 @@ def _experts_of_pool(path: Path) -> list[Expert]:
 def _expert_of_model(path: Path) -> Expert:
     """A checkpoint directory as an expert, known by its files' names, sizes and times."""
     tensors = TensorFiles(path)
-    files = sorted({entry.file for entry in tensors.values()})
-    known = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return Expert(path, known, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
+    return Expert(path, tensors.stamp, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
 
 
 def check_shapes(expert: Expert, base: Expert) -> None:

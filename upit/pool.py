@@ -40,11 +40,13 @@ class Expert:
     metrics: dict[str, float] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
     rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
+    names: Mapping[str, str] | None = None  # what the file calls each tensor, where that differs
 
     @cached_property
     def tensors(self) -> TensorFiles:
         """What the file holds."""
-        return TensorFiles(self.file)
+        files = TensorFiles(self.file)
+        return files.renamed(self.names) if self.names else files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

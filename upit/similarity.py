@@ -55,26 +55,37 @@ def negative_distance(products: Tensor) -> Tensor:
     return -(squares[:, None] + squares[None, :] - 2 * products).clamp(min=0).sqrt()
 
 
+def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int, base: Expert | None = None) -> Tensor:
+    """Inner products of the last ``new`` experts with all of them, (new, M) float64.
+
+    Streams tensor by tensor and reads each expert once; holds one tensor of every expert in float32.
+
+    Args:
+        names: the tensors to compare.
+        base: compares task vectors from here; None the parameters themselves.
+    """
+    total = torch.zeros(new, len(experts), dtype=torch.float64)
+    room_MN = torch.empty(len(experts), 0, dtype=torch.float32)
+    for name in names:
+        origin = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
+        size = torch.Size(experts[0].tensors[name].shape).numel()
+        if room_MN.shape[1] < size:  # kept for the next tensor: fresh memory costs more than the products
+            room_MN = torch.empty(len(experts), size, dtype=torch.float32)
+        vectors_MN = room_MN[:, :size]
+        for vector_N, expert in zip(vectors_MN, experts, strict=True):
+            torch.sub(expert.read(name).flatten(), origin, out=vector_N)
+        total += (vectors_MN[-new:] @ vectors_MN.T).double()
+    return total
+
+
 class _OfParameters(Similarity):
-    """Of all expert parameters; streams tensor by tensor and reads each expert once."""
+    """Of all expert parameters."""
 
     against: Literal["base", "zero"] = "base"
 
     def products(self, experts, new, base, *, score=None, track=untracked):
-        total = torch.zeros(new, len(experts), dtype=torch.float64)
-        sizes = {name: torch.Size(shape).numel() for name, shape in base.shapes.items()}
-        room = torch.empty(
-            len(experts), max(sizes.values()), dtype=torch.float32
-        )  # one for all: no page is faulted in twice
-        for name in track(sizes, "(similarity)"):
-            origin = (
-                base.read(name).flatten().float() if self.against == "base" else torch.zeros((), dtype=torch.float32)
-            )
-            vectors = room[:, : sizes[name]]
-            for vector, expert in zip(vectors, experts, strict=True):
-                torch.sub(expert.read(name).flatten(), origin, out=vector)
-            total += (vectors[-new:] @ vectors.T).double()
-        return total
+        names = track(base.shapes, "(similarity)")
+        return inner_products(experts, names, new=new, base=base if self.against == "base" else None)
 
 
 class Cosine(_OfParameters):

@@ -1,4 +1,4 @@
-"""Each stage on its own, on files, without a trainer: what ``upit upcycle``, ``expand`` and ``init-router`` do.
+"""Each stage on its own, on files, without a trainer: what ``upit expand``, ``upcycle`` and so on do.
 
 The functions' arguments are the keys of the command line and of ``--config``. Nothing heavy is imported until one
 runs, so that ``--help`` is quick.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from upit.examples import TrainingData
     from upit.files import Estimate
@@ -59,6 +59,9 @@ def upcycle(
 
     from upit.conversion import Conversion
     from upit.files import check_output
+    from upit.models import load_pretrained
+    from upit.router_init import Random
+    from upit.router_init.standalone import initialise, work_beside
 
     target = Path(output)
     _check_apart(target, [base, *experts])
@@ -70,8 +73,17 @@ def upcycle(
     estimate = conversion.estimate()
     print(f"{len(conversion.experts)} experts, top-{top_k}: needs {estimate}")
     estimate.check(target)
-    conversion.experts, router_DEH = _initialise_router(
-        router, Path(base), conversion.experts, data, seed_fraction, assignment, seed, target
+    conversion.experts, router_DEH = initialise(
+        router or Random(),
+        lambda: load_pretrained(base),
+        conversion.experts,
+        conversion.dense,
+        data,
+        seed_fraction=seed_fraction,
+        assignment=assignment,
+        seed=seed,
+        directory=work_beside(target),
+        track=_bar,
     )
     torch.set_num_threads(1)  # one tensor at a time is copied and checked: more threads only wait for one another
     conversion.write(
@@ -152,6 +164,100 @@ def expand(
     print(f"{num_experts} experts in {output}")
 
 
+def init_router(
+    base: str,
+    output: str,
+    moe: str | None = None,
+    experts: list[str] | None = None,
+    router: RouterInit | None = None,
+    data: TrainingData | None = None,
+    seed_fraction: float = 0.01,
+    assignment: Assignment | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Initialise the router of a MoE, or of experts that are to become one.
+
+    Of a MoE, writes it again with the new router. Of experts, writes ``router.safetensors``, which upcycle takes by
+    ``--router FromFile --router.path FILE``; experts that were trained along lie in ``<output>.router``.
+
+    Args:
+        base: dense checkpoint directory: the architecture, and beside experts every other weight.
+        output: directory to write.
+        moe: MoE directory; give this or experts.
+        experts: checkpoint directories, one an expert, and pools, which give all theirs; wildcards are expanded.
+        router: initialisation of the router; default RoutingVectors.
+        data: data module that the seed data is drawn from.
+        seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
+        assignment: who gets which seed example; default LowestPerplexity.
+        seed: of all that is drawn.
+        overwrite: replace what is at the output.
+    """
+    from transformers import AutoConfig
+
+    from upit.files import check_output, fresh_directory
+    from upit.models import load_pretrained
+    from upit.moe_files import MoEFiles
+    from upit.non_experts import Named
+    from upit.router_init import RoutingVectors
+    from upit.router_init.standalone import initialise, work_beside
+    from upit.tensor_files import write_tensors
+
+    if (moe is None) == (experts is None):
+        raise ValueError(f"give one of moe and experts: got moe={moe!r}, experts={experts!r}")
+    target = Path(output)
+    _check_apart(target, [base, *(experts or [str(moe)])])
+    if not overwrite:
+        check_output(target)
+    files = MoEFiles(Path(moe)) if moe else None
+    found = [files.expert(e) for e in range(files.num_experts)] if files else _experts_at(experts or [])
+
+    def load() -> PreTrainedModel:
+        dense = load_pretrained(base)
+        if moe:
+            Named(moe).fill(dense, [])
+        return dense
+
+    found, router_DEH = initialise(
+        router or RoutingVectors(),
+        load,
+        found,
+        AutoConfig.from_pretrained(base),
+        data,
+        seed_fraction=seed_fraction,
+        assignment=assignment,
+        seed=seed,
+        directory=work_beside(target),
+        track=_bar,
+    )
+    if files:
+        files.write_with(
+            found, router_DEH, target, overwrite=overwrite, track=lambda names: _bar(names, "Writing the MoE")
+        )
+    else:
+        with fresh_directory(target, overwrite=overwrite) as directory:
+            specs = {"router": (router_DEH.dtype, tuple(router_DEH.shape))}
+            write_tensors(directory / "router.safetensors", [("router", router_DEH)], specs)
+    print(f"Wrote {output}")
+
+
+def inspect(path: str) -> None:
+    """Show what a run, a pool, a training checkpoint or a model directory holds.
+
+    Pools: experts, their origins and similarity. Runs: these, and lineage, seed examples and scores. Checkpoints:
+    phase, step and architecture. Models: sizes, and of a MoE how far its gates' rows and its experts differ in each
+    layer.
+
+    Args:
+        path: run's folder, pool, checkpoint, or model directory.
+    """
+    from rich.console import Console
+
+    from upit.inspection import inspect as show
+
+    show(Path(path), Console(), track=lambda layers: _bar(layers, "Comparing experts"))
+
+
 def _check_apart(output: Path, inputs: list[str]) -> None:
     """Raises: ValueError: the output is one of the inputs, which overwriting would delete."""
     from upit.expert_sources import directories
@@ -181,50 +287,6 @@ def _experts_at(paths: list[str]) -> list[Expert]:
     from upit.expert_sources import directories, experts_at
 
     return [expert for path in directories(paths, field="experts") for expert in experts_at(path)]
-
-
-def _initialise_router(
-    router: RouterInit | None,
-    dense: Path,
-    experts: list[Expert],
-    data: TrainingData | None,
-    seed_fraction: float,
-    assignment: Assignment | None,
-    seed: int,
-    output: Path,
-) -> tuple[list[Expert], Tensor]:
-    """The experts, which may be trained along, and the routers' weights; keeps its work beside the output."""
-    from upit.router_init import Random
-
-    router = router or Random()
-    if isinstance(router, Random):
-        from transformers import AutoConfig
-
-        return experts, router.weights(AutoConfig.from_pretrained(dense), len(experts), seed=seed)
-    if data is None:
-        raise ValueError(f"router={router} learns from seed data: set data to a data module")
-    from upit.models import load_pretrained
-    from upit.scoring import SeedScorer
-    from upit.seed_data import LowestPerplexity, draw_seed
-
-    data.prepare_data()
-    data.setup("fit")
-    model = load_pretrained(str(dense)).eval()
-    indices = draw_seed(len(data.train_set), fraction=seed_fraction, seed=seed, minimum=len(experts))
-    work = output.with_name(output.name + ".router")
-    scorer = SeedScorer(model, indices, data, file=work / "seed_perplexity.json")
-    seeds = scorer.assign(
-        experts, assignment or LowestPerplexity(), seed=seed, track=lambda items: _bar(items, "Scoring seed data")
-    )
-    return router(
-        model,
-        experts,
-        seeds,
-        data,
-        directory=work,
-        seed=seed,
-        track=lambda items: _bar(items, "Initialising the router"),
-    )
 
 
 def _bar(items: Iterable, text: str) -> Iterable:

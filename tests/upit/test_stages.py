@@ -152,3 +152,105 @@ def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
         expand([*checkpoints, str(tmp_path / "nowhere")], tmp_path / "pool")
     with pytest.raises(SystemExit, match="at least 2 checkpoints to merge"):
         expand(checkpoints[:2], tmp_path / "pool")
+
+
+# --- routers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(checkpoints, data):
+    """Checkpoints whose tokenizer is the data's, and flags that name the data."""
+    special = {f"{kind}_token_id": getattr(data.tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    for seed, path in enumerate(checkpoints):
+        dense_model("llama", seed, vocab_size=len(data.tokenizer), **special).save_pretrained(path)
+    settings = {name: getattr(data, name) for name in ("families", "train_size", "heldout_size")}
+    settings |= {"cache_dir": str(data.cache_dir), "vocab_size": 320, "max_length": 128, "batch_size": 4}
+    return checkpoints, {"class_path": "datamodules.ReasoningGymDataModule", "init_args": settings}
+
+
+def by_config(command, tmp_path, **keys):
+    (tmp_path / f"{command}.yaml").write_text(yaml.safe_dump(keys))
+    main([command, "--config", str(tmp_path / f"{command}.yaml")])
+
+
+def gates_of(path):
+    return torch.stack([gate.weight for gate in moe_routers(AutoModelForCausalLM.from_pretrained(path))])
+
+
+def test_a_router_for_experts_serves_upcycle(trained, tmp_path):
+    checkpoints, data = trained
+    common = {"base": checkpoints[0], "experts": checkpoints, "seed_fraction": 0.1}
+    by_config("init-router", tmp_path, output=str(tmp_path / "router"), router="HiddenMean", data=data, **common)
+    run(
+        "upcycle",
+        base=checkpoints[0],
+        experts=checkpoints,
+        output=tmp_path / "a",
+        router="FromFile",
+        **{"router.path": tmp_path / "router/router.safetensors"},
+    )
+    by_config("upcycle", tmp_path, output=str(tmp_path / "b"), router="HiddenMean", data=data, **common)
+    assert torch.equal(gates_of(tmp_path / "a"), gates_of(tmp_path / "b"))
+    torch.testing.assert_close(gates_of(tmp_path / "a").norm(dim=-1), torch.ones(2, 3))
+
+
+def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
+    checkpoints, data = trained
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
+    moe, out = str(tmp_path / "moe"), str(tmp_path / "new")
+    router = {"class_path": "RoutingVectors", "init_args": {"epochs": 1}}
+    keys = {"base": checkpoints[0], "moe": moe, "output": out, "data": data, "seed_fraction": 0.1}
+    by_config("init-router", tmp_path, router=router, **keys)
+    ours, theirs = load_file(tmp_path / "new/model.safetensors"), load_file(tmp_path / "moe/model.safetensors")
+    changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
+    assert changed == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)}
+    assert ours.keys() == theirs.keys()
+    assert (tmp_path / "new/config.json").read_text() == (tmp_path / "moe/config.json").read_text()
+    run("init-router", base=checkpoints[0], moe=moe, output=tmp_path / "random", router="Random", seed=5)
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "same", seed=5)
+    assert torch.equal(gates_of(tmp_path / "random"), gates_of(tmp_path / "same"))
+
+
+def test_init_router_wants_one_of_moe_and_experts(checkpoints, tmp_path):
+    with pytest.raises(SystemExit, match="give one of moe and experts"):
+        run("init-router", base=checkpoints[0], output=tmp_path / "out")
+    with pytest.raises(SystemExit, match="is a 'llama', no MoE"):
+        run("init-router", base=checkpoints[0], moe=checkpoints[1], output=tmp_path / "out", router="Random")
+
+
+# --- inspect -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_inspect_shows_a_pool_and_a_model(checkpoints, tmp_path, capsys):
+    expand(checkpoints, tmp_path / "pool")
+    run("upcycle", base=checkpoints[0], experts=[checkpoints[0], checkpoints[0]], output=tmp_path / "copies")
+    capsys.readouterr()
+    main(["inspect", str(tmp_path / "pool")])
+    shown = capsys.readouterr().out
+    assert "expert_00.safetensors" in shown
+    assert "x expert 0 +" in shown
+    assert "Similarity" in shown
+    main(["inspect", str(tmp_path / "copies")])
+    shown = capsys.readouterr().out
+    assert "2, top-2" in shown
+    assert shown.count("1.0000 (1.0000 to 1.0000)") == 2  # identical experts, in both layers
+    with pytest.raises(SystemExit, match="is no run"):
+        main(["inspect", str(tmp_path)])
+
+
+def test_inspect_shows_a_run_and_its_checkpoint(finished, capsys):
+    folder, _, _ = finished
+    main(["inspect", str(folder)])
+    shown = capsys.readouterr().out
+    assert "step_0000003.safetensors" in shown
+    assert "seed examples" in shown
+    assert "Held-out loss" in shown
+    main(["inspect", str(next((folder / "checkpoints").glob("*=9.ckpt")))])
+    shown = capsys.readouterr().out
+    assert "mixtral" in shown
+    assert "moe" in shown
