@@ -1,9 +1,7 @@
-"""The command line: ``upit fit | validate | test | predict | export | report``.
-
-The only part of upit that knows lightning.
-"""
+"""The command line, ``upit SUBCOMMAND``. The only part of upit that knows lightning."""
 
 import argparse
+import inspect
 import itertools
 import os
 import sys
@@ -16,9 +14,14 @@ SUBCOMMANDS = {
     "test": "exact match per domain of a dense or MoE checkpoint",
     "predict": "answer the prompts of a JSONL file",
     "export": "write a checkpoint's model in stock transformers format",
+    "expand": "make any number of experts from a few checkpoints",
+    "upcycle": "assemble dense checkpoints into a MoE",
+    "init-router": "initialise the router of a MoE, or of experts that are to become one",
+    "inspect": "show what a run, a pool, a checkpoint or a model holds",
     "sweep": "run several configs over several seeds, and compare them",
     "report": "one HTML page about a run, or several side by side",
 }
+STAGES = ("expand", "init-router", "upcycle", "inspect")  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
 
 
@@ -30,6 +33,8 @@ def main(args: list[str] | None = None) -> None:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
         _export(args[1:])
+    elif command in STAGES:
+        _stage(command, args[1:])
     elif command == "sweep":
         _sweep(args[1:])
     elif command == "report":
@@ -41,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
 def _overview() -> argparse.ArgumentParser:
     from upit import __version__
 
-    lines = "\n".join(f"  {name:10} {text}" for name, text in SUBCOMMANDS.items())
+    lines = "\n".join(f"  {name:12} {text}" for name, text in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
         "upit",
         description="Upcycle a dense language model into a Mixture-of-Experts during instruction tuning.",
@@ -66,6 +71,31 @@ def _export(args: list[str]) -> None:
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         parser.error(str(error))
     print(f"Exported to {output}")
+
+
+def _stage(command: str, args: list[str]) -> None:
+    """Run one of :mod:`upit.stages`, its arguments given as flags or in a ``--config`` file."""
+    from upit import stages
+
+    function = getattr(stages, command.replace("-", "_"))
+    if not args or {"-h", "--help"} & set(args):
+        defaults = {name: field.default for name, field in inspect.signature(function).parameters.items()}
+        said = ", ".join(f"{name} {value}" for name, value in defaults.items() if value not in (inspect._empty, None))
+        print(f"usage: upit {command} [--config FILE.yaml] [--KEY VALUE ...]\n\n{inspect.getdoc(function)}\n")
+        print(
+            f"Defaults: {said}. A list is '[A, B]'; a strategy its class's name, its arguments --KEY.ARGUMENT VALUE."
+        )
+        return
+    from jsonargparse import auto_cli
+
+    bare = [
+        arg == "--overwrite" and after.startswith("--") for arg, after in zip(args, [*args[1:], "--"], strict=True)
+    ]
+    args = [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
+    try:
+        auto_cli(function, args=args, as_positional=command == "inspect", prog=f"upit {command}", parser_mode="yaml")
+    except (OSError, ValueError) as error:
+        sys.exit(f"upit {command}: error: {error}")
 
 
 def _sweep(args: list[str]) -> None:

@@ -6,19 +6,18 @@ router. Memory stays near one tensor, whatever the model. ``D`` layers, ``E`` ex
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
-from upit.files import fresh_directory
-from upit.pool import Pool
+from upit.files import Estimate, fresh_directory
+from upit.pool import Expert
 from upit.tensor_files import SHARD_BYTES, TensorFileError, TensorFiles, write_checkpoint
 
 TOKENIZER = (
@@ -37,40 +36,12 @@ Read = Callable[[], Tensor]
 Track = Callable[[Iterable[str]], Iterable[str]]
 
 
-class Estimate(NamedTuple):
-    """Bytes that a conversion takes."""
-
-    memory: int  # beyond what the process holds already
-    disk: int
-
-    def __str__(self) -> str:
-        return f"{self.memory / 1e6:.0f} MB of memory, {self.disk / 1e9:.2f} GB on disk"
-
-
-def expert_sources(experts: Sequence[Path]) -> list[Path]:
-    """One path an expert: checkpoint directories as they are, a harvested pool as the files of its experts.
-
-    Raises: FileNotFoundError: a path is neither.
-    """
-    sources: list[Path] = []
-    for path in experts:
-        if (path / "manifest.json").exists():
-            sources += [expert.file for expert in Pool.load(path).experts]
-        elif (path / "config.json").exists():
-            sources.append(path)
-        else:
-            raise FileNotFoundError(
-                f"experts: {str(path)!r} is neither a pool (manifest.json) nor a checkpoint directory"
-            )
-    return sources
-
-
 class Conversion:
     """A dense base and E experts on disk, checked against one another and ready to be written as a MoE.
 
     Args:
         base: checkpoint directory; gives config, tokenizer and every tensor that is no expert's.
-        experts: one path an expert, see :func:`expert_sources`.
+        experts: see :func:`upit.expert_sources.experts_at`.
         top_k: experts a token.
         dtype: of the output; default the base's.
     Raises: ValueError: unsupported architecture; top_k out of range; or, naming file and tensor, an expert's
@@ -78,20 +49,19 @@ class Conversion:
     """
 
     def __init__(
-        self, base: Path, experts: Sequence[Path], *, top_k: int = 2, dtype: torch.dtype | None = None
+        self, base: Path, experts: Sequence[Expert], *, top_k: int = 2, dtype: torch.dtype | None = None
     ) -> None:
         self.directory = base
         self.dense: PretrainedConfig = AutoConfig.from_pretrained(base)
         self.family: Family = family_of(self.dense)
         self.config = moe_config(self.dense, num_experts=len(experts), top_k=top_k)
         self.base = TensorFiles(base)
-        self.sources = list(experts)
-        self.experts = [TensorFiles(path) for path in experts]
+        self.experts = list(experts)
         self.dtype = dtype or self.base[self._ffn_names[0]].dtype
-        for path, files in zip(experts, self.experts, strict=True):
-            self._check_vocabulary(path)
+        for expert in experts:
+            self._check_vocabulary(expert.file)
             for name in self._ffn_names:
-                self._check_tensor(path, files, name, any_dtype=dtype is not None)
+                self._check_tensor(expert, name, any_dtype=dtype is not None)
         self.config.dtype = self.dtype
         self.config.architectures = [type(self.config).__name__.replace("Config", "ForCausalLM")]
 
@@ -99,13 +69,13 @@ class Conversion:
     def _ffn_names(self) -> list[str]:
         return [expert_name(layer, part) for layer in range(self.dense.num_hidden_layers) for part in FFN]
 
-    def _check_tensor(self, path: Path, files: TensorFiles, name: str, *, any_dtype: bool) -> None:
-        if name not in self.base or name not in files:
-            lacking = path if name in self.base else self.directory
+    def _check_tensor(self, expert: Expert, name: str, *, any_dtype: bool) -> None:
+        if name not in self.base or name not in expert.tensors:
+            lacking = expert.file if name in self.base else self.directory
             raise TensorFileError(
                 f"{lacking}: tensor {name!r} is missing; the experts' architecture must be the base's"
             )
-        ours, theirs = self.base[name], files[name]
+        ours, theirs = self.base[name], expert.tensors[name]
         if theirs.shape != ours.shape:
             raise TensorFileError(f"{theirs.file}: tensor {name!r} has shape {theirs.shape}, the base {ours.shape}")
         if theirs.dtype != ours.dtype and not any_dtype:
@@ -122,11 +92,9 @@ class Conversion:
             theirs, ours = getattr(own, field), getattr(self.dense, field)
             if theirs != ours:
                 raise ValueError(f"{path / 'config.json'}: {field}={theirs!r}, the base has {ours!r}")
-        ours, theirs = (_vocabulary(directory / "tokenizer.json") for directory in (self.directory, path))
-        if ours and theirs and ours != theirs:
-            raise ValueError(
-                f"{path / 'tokenizer.json'}: its vocabulary is not that of the base {str(self.directory)!r}"
-            )
+        tokenizer = path / "tokenizer.json"
+        if not _same_vocabulary(self.directory / "tokenizer.json", tokenizer):
+            raise ValueError(f"{tokenizer}: its vocabulary is not that of the base {str(self.directory)!r}")
 
     # --- what is written -----------------------------------------------------------------------------
 
@@ -139,28 +107,22 @@ class Conversion:
                 plan[name] = entry.shape, partial(self.base.read, name)
         for layer, router_EH in enumerate(router_DEH):
             plan[self.family.router_in_file(layer)] = tuple(router_EH.shape), router_EH.clone
-            for e, files in enumerate(self.experts):
+            for e, expert in enumerate(self.experts):
                 for part in FFN:
                     name = expert_name(layer, part)
-                    plan[self.family.expert_in_file(layer, e, part)] = self.base[name].shape, partial(files.read, name)
+                    plan[self.family.expert_in_file(layer, e, part)] = (
+                        self.base[name].shape,
+                        partial(expert.read, name),
+                    )
             for part, shape in self.family.shared_expert(self.config).items():
                 plan[f"model.layers.{layer}.{part}"] = shape, partial(torch.zeros, shape)
         return plan
 
-    def estimate(self, router_DEH: Tensor) -> Estimate:
+    def estimate(self) -> Estimate:
         """What :meth:`write` will take: the largest tensor, as read and as written, and the output's bytes."""
-        sizes = [torch.Size(shape).numel() for shape, _ in self.plan(router_DEH).values()]
+        shape = (self.dense.num_hidden_layers, len(self.experts), self.dense.hidden_size)
+        sizes = [torch.Size(shape).numel() for shape, _ in self.plan(torch.empty(shape, device="meta")).values()]
         return Estimate(max(sizes) * (4 + self.dtype.itemsize), sum(sizes) * self.dtype.itemsize)
-
-    def check_room(self, estimate: Estimate, output: Path) -> None:
-        """Raises: ValueError: memory or disk can't hold what the estimate says."""
-        exists = next(path for path in output.absolute().parents if path.exists())
-        for what, needed, free in (
-            ("memory", estimate.memory, psutil.virtual_memory().available),
-            (f"disk at {str(exists)!r}", estimate.disk, shutil.disk_usage(exists).free),
-        ):
-            if needed > free:
-                raise ValueError(f"the conversion needs {needed / 1e9:.2f} GB of {what}, {free / 1e9:.2f} GB are free")
 
     def write(
         self,
@@ -196,7 +158,7 @@ class Conversion:
         return output
 
     def _card(self, name: str) -> str:
-        rows = "\n".join(f"| {e} | {path} |" for e, path in enumerate(self.sources))
+        rows = "\n".join(f"| {e} | {expert.file} |" for e, expert in enumerate(self.experts))
         return (
             "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- upit\n- moe\n---\n\n"
             f"# {name}\n\nA {self.config.model_type} causal language model ({len(self.experts)} experts, "
@@ -206,11 +168,14 @@ class Conversion:
         )
 
 
-def _vocabulary(file: Path) -> Mapping[str, int] | None:
-    """Tokens and their ids, where there is a tokenizer.json that says so."""
-    if not file.exists():
-        return None
-    content = json.loads(file.read_text())
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    vocabulary = content["model"].get("vocab", {})
-    return {**vocabulary, **added} if isinstance(vocabulary, dict) else None
+def _same_vocabulary(ours: Path, theirs: Path) -> bool:
+    """Whether two tokenizer.json give every token the same id; True where one of them does not exist."""
+    if not (ours.exists() and theirs.exists()):
+        return True
+    contents = [ours.read_bytes(), theirs.read_bytes()]
+    return contents[0] == contents[1] or _vocabulary(contents[0]) == _vocabulary(contents[1])
+
+
+def _vocabulary(tokenizer: bytes) -> list[Any]:
+    content = json.loads(tokenizer)
+    return [content["model"].get("vocab"), [(token["content"], token["id"]) for token in content["added_tokens"]]]

@@ -16,7 +16,7 @@ the device to learn a shape. S is round, so that compiled layers meet few shapes
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,16 @@ class Example(TypedDict):
     prompt_length: int  # tokens before the last response: what a generation starts from
     answer: str  # reference text of the last response
     metadata: str  # JSON for the task's own verifier, "" where there is none
+
+
+class TrainingData(Protocol):
+    """What the method asks of a data module; its own, and any other with the same examples."""
+
+    train_set: Sequence[Example]
+    tokenizer: Any
+
+    def prepare_data(self) -> None: ...
+    def setup(self, stage: str) -> None: ...
 
 
 def collate(

@@ -1,7 +1,7 @@
 """Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -188,20 +188,14 @@ class Checkpoints(ExpertSource):
                 TensorFiles(path)
 
     def _directories(self) -> list[Path]:
-        found: list[Path] = []
-        for pattern in self.paths:
-            matches = sorted(glob(pattern))
-            if not matches:
-                raise ValueError(f"Checkpoints.paths: nothing is at {pattern!r}")
-            found += map(Path, matches)
-        return found
+        return directories(self.paths, field="Checkpoints.paths")
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         found: list[Expert] = []
         for path in self._directories():
-            own = _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
+            own = experts_at(path)
             for expert in own:
-                _check_shapes(expert, harvest.base)
+                check_shapes(expert, harvest.base)
             found += own
         return found
 
@@ -209,8 +203,30 @@ class Checkpoints(ExpertSource):
         return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in self._directories())
 
 
+def directories(patterns: Iterable[str], *, field: str) -> list[Path]:
+    """The paths that patterns with wildcards match, in order.
+
+    Raises: ValueError: one matches nothing; names the field.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = sorted(glob(pattern))
+        if not matches:
+            raise ValueError(f"{field}: nothing is at {pattern!r}")
+        found += map(Path, matches)
+    return found
+
+
 def _is_pool(path: Path) -> bool:
     return (path / "manifest.json").exists()
+
+
+def experts_at(path: Path) -> list[Expert]:
+    """The experts of a pool, or the one that is a transformers directory.
+
+    Raises: ExpertFileError: the path is neither, or a file is broken.
+    """
+    return _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
 
 
 def _experts_of_pool(path: Path) -> list[Expert]:
@@ -222,13 +238,11 @@ def _experts_of_pool(path: Path) -> list[Expert]:
 def _expert_of_model(path: Path) -> Expert:
     """A checkpoint directory as an expert, known by its files' names, sizes and times."""
     tensors = TensorFiles(path)
-    files = sorted({entry.file for entry in tensors.values()})
-    known = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return Expert(path, known, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
+    return Expert(path, tensors.stamp, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
 
 
-def _check_shapes(expert: Expert, base: Expert) -> None:
+def check_shapes(expert: Expert, base: Expert) -> None:
     """Raises: ExpertFileError: an expert's tensor is missing or has another shape than the dense model's."""
     own, shapes = expert.shapes, base.shapes
     for name in sorted(own.keys() | shapes.keys()):

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 
@@ -57,3 +58,23 @@ def fresh_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if output.exists():
         shutil.rmtree(output)
     beside.replace(output)
+
+
+class Estimate(NamedTuple):
+    """Bytes that some work will take."""
+
+    memory: int  # beyond what the process holds already
+    disk: int
+
+    def __str__(self) -> str:
+        return f"{self.memory / 1e6:.0f} MB of memory, {self.disk / 1e9:.2f} GB on disk"
+
+    def check(self, output: Path) -> None:
+        """Raises: ValueError: the memory, or the disk at ``output``, can't hold it."""
+        place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        for what, needed, free in (
+            ("memory", self.memory, psutil.virtual_memory().available),
+            (f"disk at {str(place)!r}", self.disk, shutil.disk_usage(place).free),
+        ):
+            if needed > free:
+                raise ValueError(f"this needs {needed / 1e9:.2f} GB of {what}, {free / 1e9:.2f} GB are free")

@@ -1,8 +1,8 @@
 """The pool of harvested experts on disk: safetensors files and a manifest, each written beside and renamed."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,19 @@ class Expert:
     metrics: dict[str, float] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
     rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
+    names: Mapping[str, str] | None = None  # what the file calls each tensor, where that differs
 
     @cached_property
     def tensors(self) -> TensorFiles:
         """What the file holds."""
-        return TensorFiles(self.file)
+        files = TensorFiles(self.file)
+        return files.renamed(self.names) if self.names else files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each expert tensor, in order of names."""
-        return {name: self.tensors[name].shape for name in sorted(self.tensors) if is_expert(name)}
+        """Shape of each expert tensor, in order of names; a checkpoint directory holds others too."""
+        own = filter(is_expert, self.tensors) if self.file.is_dir() else self.tensors
+        return {name: self.tensors[name].shape for name in sorted(own)}
 
     @property
     def specs(self) -> Specs:
@@ -122,7 +125,8 @@ def write_once(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, 
 class Pool:
     """A directory of harvested experts and the base they started from.
 
-    ``manifest.json``: ``{"version", "base": {...}, "experts": [{file, step, epoch, sha256, dtype, base, metrics}]}``.
+    ``manifest.json``: ``{"version", "base": {...}, "experts": [{file, step, epoch, sha256, dtype, base, metrics}]}``;
+    experts that were not harvested here also have an ``origin``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -188,6 +192,29 @@ class Pool:
         manifest["experts"] = [entry for entry in manifest["experts"] if entry["step"] <= step]
         write_json(self.manifest_file, manifest)
 
+    def gather(self, base: Expert, experts: Sequence[Expert]) -> list[Expert]:
+        """Make a pool of a base and experts from elsewhere: copy what is not in the directory, then list it all.
+
+        Returns: the experts, where they now are.
+        """
+        base = self._copy(base, "base")
+        own = [self._copy(expert, f"expert_{i:02d}") for i, expert in enumerate(experts)]
+        entries = [
+            {"file": expert.file.name}
+            | {key: getattr(expert, key) for key in ("step", "epoch", "sha256", "dtype", "metrics", "origin")}
+            for expert in [base, *own]
+        ]
+        entries = [entry | {"base": base.sha256} for entry in entries]
+        write_json(self.manifest_file, {"version": 1, "base": entries[0], "experts": entries[1:]})
+        return own
+
+    def _copy(self, expert: Expert, name: str) -> Expert:
+        path = self.directory / f"{name}.safetensors"
+        if expert.file.parent == self.directory:
+            return expert
+        tensors = ((name, expert.read(name)) for name in expert.shapes)
+        return replace(expert, file=path, sha256=write_once(path, tensors, expert.specs, expert.sha256), rest=None)
+
     def verify(self) -> None:
         """Raises: ExpertFileError: a file is missing, truncated or changed, or its tensors differ from the base's."""
         base = self.base
@@ -223,5 +250,5 @@ class Pool:
             epoch=entry["epoch"],
             metrics=entry.get("metrics", {}),
             rest=self.directory / entry["rest"] if "rest" in entry else None,
-            origin={"kind": kind, "step": entry["step"], "epoch": entry["epoch"]},
+            origin=entry.get("origin") or {"kind": kind, "step": entry["step"], "epoch": entry["epoch"]},
         )

@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from upit.ahead import ahead
-from upit.merging import task_vector
 from upit.pool import Expert
 from upit.strategy import Strategy
 
@@ -57,20 +55,37 @@ def negative_distance(products: Tensor) -> Tensor:
     return -(squares[:, None] + squares[None, :] - 2 * products).clamp(min=0).sqrt()
 
 
+def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int, base: Expert | None = None) -> Tensor:
+    """Inner products of the last ``new`` experts with all of them, (new, M) float64.
+
+    Streams tensor by tensor and reads each expert once; holds one tensor of every expert in float32.
+
+    Args:
+        names: the tensors to compare.
+        base: compares task vectors from here; None the parameters themselves.
+    """
+    total = torch.zeros(new, len(experts), dtype=torch.float64)
+    room_MN = torch.empty(len(experts), 0, dtype=torch.float32)
+    for name in names:
+        origin = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
+        size = torch.Size(experts[0].tensors[name].shape).numel()
+        if room_MN.shape[1] < size:  # kept for the next tensor: fresh memory costs more than the products
+            room_MN = torch.empty(len(experts), size, dtype=torch.float32)
+        vectors_MN = room_MN[:, :size]
+        for vector_N, expert in zip(vectors_MN, experts, strict=True):
+            torch.sub(expert.read(name).flatten(), origin, out=vector_N)
+        total += (vectors_MN[-new:] @ vectors_MN.T).double()
+    return total
+
+
 class _OfParameters(Similarity):
-    """Of all expert parameters; streams tensor by tensor, with the new experts' and one more in memory."""
+    """Of all expert parameters."""
 
     against: Literal["base", "zero"] = "base"
 
     def products(self, experts, new, base, *, score=None, track=untracked):
-        def of_tensor(name: str) -> Tensor:
-            origin = base.read(name).float() if self.against == "base" else torch.zeros((), dtype=torch.float32)
-            recent = torch.stack([task_vector(expert.read(name), origin).flatten() for expert in experts[-new:]])
-            older = [recent @ task_vector(expert.read(name), origin).flatten() for expert in experts[:-new]]
-            return torch.cat([*[column[:, None] for column in older], recent @ recent.T], dim=1).double()
-
         names = track(base.shapes, "(similarity)")
-        return sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))
+        return inner_products(experts, names, new=new, base=base if self.against == "base" else None)
 
 
 class Cosine(_OfParameters):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from upit.files import write_json
+from upit.files import digest, write_json
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -57,6 +57,28 @@ class TensorFiles(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def stamp(self) -> str:
+        """Changes when a file does: a digest of names, sizes and times, for what is too large to hash."""
+        files = sorted({entry.file for entry in self._entries.values()})
+        return digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
+        """Some of the tensors under other names.
+
+        Args:
+            names: new name -> name in the files.
+        Raises: TensorFileError: a file lacks one of them.
+        """
+        view = object.__new__(TensorFiles)
+        missing = sorted(set(names.values()) - self._entries.keys())
+        if missing:
+            raise TensorFileError(
+                f"{next(iter(self._entries.values())).file.parent}: tensor {missing[0]!r} is missing"
+            )
+        view._entries = {new: self._entries[old] for new, old in names.items()}
+        return view
+
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """A tensor, or some of its rows (a contiguous range of its first dimension), read from disk now.
 
@@ -86,7 +108,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     specs: Specs,
     metadata: Mapping[str, str] | None = None,
-    digest: Callable[[Any], None] = lambda content: None,
+    watch: Callable[[Any], None] = lambda content: None,
 ) -> None:
     """Stream tensors into a safetensors file, one in memory at a time.
 
@@ -95,7 +117,7 @@ def write_tensors(
         tensors: (name, tensor) in the order of ``specs``.
         specs: dtype and shape of every tensor.
         metadata: of the safetensors header.
-        digest: called with all that is written, piece by piece.
+        watch: called with all that is written, piece by piece, such as a hash's update.
     Raises: TensorFileError: a tensor differs from its spec, or holds NaN or infinity.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +125,7 @@ def write_tensors(
     with beside.open("wb", buffering=0) as stream:
         for content in _pieces(path, tensors, specs, metadata or {}):
             _drain(memoryview(content), stream)
-            digest(content)
+            watch(content)
         os.fsync(stream.fileno())
     os.replace(beside, path)
 

@@ -7,6 +7,9 @@ from lightning.pytorch import Callback
 from callbacks import ExpertHarvest, Upcycling
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.router_init import RoutingVectors
+from upit.seed_data import LowestPerplexity
+from upit.selection import Last
 
 
 @pytest.mark.parametrize(
@@ -14,10 +17,8 @@ from tests.conftest import TINY, make_callbacks, make_module, make_trainer
     [
         ({}, "one of at_epoch and at_step"),
         ({"at_epoch": 1.0, "at_step": 3}, "one of at_epoch and at_step"),
-        ({"at_step": 3, "drop_rate": 1.0}, "drop_rate=1.0"),
         ({"at_step": 3, "seed_fraction": 0.0}, "seed_fraction=0.0"),
         ({"at_step": 3, "seed_fraction": 1.5}, "seed_fraction=1.5"),
-        ({"at_step": 3, "capacity_factor": 0.9}, "capacity_factor=0.9"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -109,7 +110,12 @@ def test_a_damaged_expert_stops_the_swap_and_is_named(make_data, tmp_path, damag
 
 
 def test_any_expert_rate_and_router_gives_a_moe_that_trains(make_data, tmp_path):
-    for number, settings in enumerate(({"expert_lr": 1e-3}, {"capacity_factor": None}, {"policy": "last"})):
+    choices = (
+        {"router": RoutingVectors(epochs=1, expert_lr=1e-3)},
+        {"assignment": LowestPerplexity(capacity_factor=None)},
+        {"selection": Last()},
+    )
+    for number, settings in enumerate(choices):
         run = tmp_path / str(number)
         callbacks = make_callbacks({"every_n_steps": 1}, {"at_step": 5, **settings}, report=False)
         trainer = fit(run, make_data(), callbacks, max_steps=7)

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.upit.tiny import dense_model, expert_of
-from upit.conversion import Conversion, Estimate, expert_sources
+from upit.conversion import Conversion
+from upit.expert_sources import experts_at
 from upit.families import FAMILIES, moe_config
-from upit.files import write_json
+from upit.files import Estimate, write_json
 from upit.tensor_files import INDEX, TensorFiles
 
 ROUTER_DEH = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(9))
@@ -25,6 +26,10 @@ def save(family, directory, seed=0, dtype=torch.float32, **fields):
 @pytest.fixture
 def sources(tmp_path):
     return [save("llama", tmp_path / str(seed), seed) for seed in range(3)]
+
+
+def conversion_of(base, paths, **kwargs):
+    return Conversion(base, [expert for path in paths for expert in experts_at(path)], **kwargs)
 
 
 def independent(paths, router_DEH, dtype=torch.float32):
@@ -55,7 +60,7 @@ def files_of(directory):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_identical_to_an_independent_construction(family, tmp_path):
     paths = [save(family, tmp_path / str(seed), seed) for seed in range(3)]
-    Conversion(paths[0], paths).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
+    conversion_of(paths[0], paths).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
     expected = independent(paths, ROUTER_DEH)
     expected.save_pretrained(tmp_path / "expected")
     ours, theirs = files_of(tmp_path / "moe"), files_of(tmp_path / "expected")
@@ -71,7 +76,7 @@ def test_identical_to_an_independent_construction(family, tmp_path):
 
 
 def test_output_is_sharded_as_asked(sources, tmp_path):
-    Conversion(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
+    conversion_of(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
     index = json.loads((tmp_path / "moe" / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -79,14 +84,14 @@ def test_output_is_sharded_as_asked(sources, tmp_path):
     sizes = [sum(t.nbytes for t in load_file(tmp_path / "moe" / file).values()) for file in files]
     assert max(sizes) <= 50_000
     assert sum(sizes) == index["metadata"]["total_size"]
-    Conversion(sources[0], sources).write(ROUTER_DEH, tmp_path / "whole")
+    conversion_of(sources[0], sources).write(ROUTER_DEH, tmp_path / "whole")
     assert not (tmp_path / "whole" / INDEX).exists()
     assert files_of(tmp_path / "whole").keys() == index["weight_map"].keys()
 
 
 def test_brings_tokenizer_generation_config_and_card(sources, data, tmp_path):
     data.tokenizer.save_pretrained(sources[0])
-    Conversion(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe")
+    conversion_of(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe")
     assert AutoTokenizer.from_pretrained(tmp_path / "moe").get_vocab() == data.tokenizer.get_vocab()
     assert json.loads((tmp_path / "moe/generation_config.json").read_text())["eos_token_id"] == 2
     assert str(sources[2]) in (tmp_path / "moe/README.md").read_text()
@@ -102,15 +107,13 @@ def test_experts_from_a_pool(sources, tmp_path):
         )
     write_json(pool / "manifest.json", {"version": 1, "base": entries[0], "experts": entries})
     for name, paths in (("a", [pool]), ("b", sources)):
-        Conversion(sources[0], expert_sources(paths)).write(ROUTER_DEH, tmp_path / name)
+        conversion_of(sources[0], paths).write(ROUTER_DEH, tmp_path / name)
     ours, theirs = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(FileNotFoundError, match="neither a pool"):
-        expert_sources([tmp_path / "nothing"])
 
 
 def test_converts_the_dtype(sources, tmp_path):
-    Conversion(sources[0], sources, dtype=torch.bfloat16).write(ROUTER_DEH, tmp_path / "moe")
+    conversion_of(sources[0], sources, dtype=torch.bfloat16).write(ROUTER_DEH, tmp_path / "moe")
     expected = independent(sources, ROUTER_DEH).to(torch.bfloat16)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     assert stock.dtype == torch.bfloat16
@@ -121,7 +124,7 @@ def test_converts_the_dtype(sources, tmp_path):
 
 def test_an_output_is_replaced_only_when_asked_and_complete(sources, tmp_path):
     output = tmp_path / "moe"
-    conversion = Conversion(sources[0], sources)
+    conversion = conversion_of(sources[0], sources)
     conversion.write(ROUTER_DEH, output)
     before = files_of(output)
     with pytest.raises(FileExistsError, match="is not empty"):
@@ -139,16 +142,16 @@ def test_an_output_is_replaced_only_when_asked_and_complete(sources, tmp_path):
 
 
 def test_estimate_and_room(sources, tmp_path):
-    conversion = Conversion(sources[0], sources)
-    estimate = conversion.estimate(ROUTER_DEH)
+    conversion = conversion_of(sources[0], sources)
+    estimate = conversion.estimate()
     conversion.write(ROUTER_DEH, tmp_path / "moe")
     assert estimate.disk == sum(tensor.nbytes for tensor in files_of(tmp_path / "moe").values())
     assert estimate.memory == 64 * 32 * 8
-    conversion.check_room(estimate, tmp_path / "new" / "moe")
+    estimate.check(tmp_path / "new" / "moe")
     with pytest.raises(ValueError, match=r"needs 1000000000.00 GB of memory"):
-        conversion.check_room(Estimate(10**18, 0), tmp_path / "moe")
+        Estimate(10**18, 0).check(tmp_path)
     with pytest.raises(ValueError, match=r"needs 1000000000.00 GB of disk at"):
-        conversion.check_room(Estimate(0, 10**18), tmp_path / "moe")
+        Estimate(0, 10**18).check(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_names_the_file_and_the_tensor_that_do_not_fit(sources, tmp_path, family
     dtype = fields.pop("dtype", torch.float32)
     odd = save(family, tmp_path / "odd", dtype=dtype, **fields)
     with pytest.raises(ValueError, match=message):
-        Conversion(sources[0], [*sources, odd])
+        conversion_of(sources[0], [*sources, odd])
 
 
 def test_another_vocabulary_is_refused(sources, data, tmp_path):
@@ -177,12 +180,12 @@ def test_another_vocabulary_is_refused(sources, data, tmp_path):
         data.tokenizer.save_pretrained(path)
     content = json.loads((sources[1] / "tokenizer.json").read_text())
     (sources[1] / "tokenizer.json").write_text(json.dumps(content, indent=1))
-    Conversion(sources[0], sources)
+    conversion_of(sources[0], sources)
     word = next(iter(content["model"]["vocab"]))
     content["model"]["vocab"][word + "x"] = content["model"]["vocab"].pop(word)
     (sources[1] / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"1/tokenizer.json: its vocabulary is not that of the base"):
-        Conversion(sources[0], sources)
+        conversion_of(sources[0], sources)
 
 
 def test_a_broken_number_is_found_and_nothing_is_left(sources, tmp_path):
@@ -194,5 +197,5 @@ def test_a_broken_number_is_found_and_nothing_is_left(sources, tmp_path):
     tensors[name][3, 4] = float("nan")
     save_file(tensors, file)
     with pytest.raises(ValueError, match=rf"{file.name}: tensor '{name}' holds NaN or infinity"):
-        Conversion(sources[0], [sources[0], broken, sources[2]]).write(ROUTER_DEH, tmp_path / "moe")
+        conversion_of(sources[0], [sources[0], broken, sources[2]]).write(ROUTER_DEH, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()

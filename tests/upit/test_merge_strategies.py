@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from upit.merging import Dare, DareTies, Linear, Slerp, Ties, slerp
+from upit.merging import Dare, DareTies, Linear, Slerp, Ties, drop_mask, slerp
 
 WEIGHTS = [0.3, 0.7]
 
@@ -27,7 +27,7 @@ def deltas_of(base, parents):
 
 def with_masks(monkeypatch, shape, drop_rate):
     """Let peft drop what ours drops: the masks that the generators give."""
-    masks = [torch.rand(shape, generator=generator) >= drop_rate for generator in generators()]
+    masks = [drop_mask(shape, drop_rate, generator) for generator in generators()]
     drawn = iter(masks)
     monkeypatch.setattr(merge_utils.torch, "bernoulli", lambda *_, **__: next(drawn).float())
 
@@ -120,3 +120,16 @@ def test_refuses(make, message):
 def test_describes_itself():
     assert Dare(0.3).describe() == {"name": "Dare", "drop_rate": 0.3}
     assert repr(Ties(0.5)) == "Ties(density=0.5)"
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2, 0.999])
+def test_a_mask_keeps_its_share_and_follows_its_generator(drop_rate):
+    shape = torch.Size((1001, 333))
+    mask = drop_mask(shape, drop_rate, torch.Generator().manual_seed(1))
+    assert mask.shape == shape
+    assert mask.float().mean().item() == pytest.approx(1 - drop_rate, abs=4e-3)
+    assert torch.equal(mask, drop_mask(shape, drop_rate, torch.Generator().manual_seed(1)))
+    if drop_rate:
+        assert not torch.equal(mask, drop_mask(shape, drop_rate, torch.Generator().manual_seed(2)))
+        halves = mask[:500].float(), mask[500:1000].float()
+        assert np.corrcoef(*(half.flatten().numpy() for half in halves))[0, 1] == pytest.approx(0, abs=0.02)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from upit.pool import Expert
 from upit.scoring import Autocast, Seeds
 from upit.strategy import Strategy
+from upit.tensor_files import TensorFiles
 
 
 class RouterInit(Strategy):
@@ -47,13 +48,43 @@ class RouterInit(Strategy):
         """
 
 
-class Random(RouterInit):
-    """Stock transformers' own: normal, with the config's ``initializer_range`` (the paper's "no initialisation")."""
+class WithoutData(RouterInit):
+    """An initialisation that needs nothing but the dense model's config."""
 
     needs_seeds = False
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
+        return list(experts), self.weights(dense.config, len(experts), seed=seed)
+
+    @abstractmethod
+    def weights(self, dense: PretrainedConfig, num_experts: int, *, seed: int = 0) -> Tensor:
+        """``router_DEH``, float32, on the CPU."""
+
+
+class Random(WithoutData):
+    """Stock transformers' own: normal, with the config's ``initializer_range`` (the paper's "no initialisation")."""
+
+    def weights(self, dense, num_experts, *, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
-        router_DEH = torch.randn(shape, generator=generator, dtype=torch.float32) * dense.config.initializer_range
-        return list(experts), router_DEH
+        shape = (dense.num_hidden_layers, num_experts, dense.hidden_size)
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * dense.initializer_range
+
+
+class FromFile(WithoutData):
+    """Routers that ``upit init-router`` wrote.
+
+    Args:
+        path: its ``router.safetensors``.
+    Raises: ValueError: no such file, or of another model.
+    """
+
+    def __init__(self, path: str) -> None:
+        TensorFiles(Path(path))
+        self.path = path
+
+    def weights(self, dense, num_experts, *, seed=0):
+        router_DEH = TensorFiles(Path(self.path)).read("router")
+        shape = (dense.num_hidden_layers, num_experts, dense.hidden_size)
+        if router_DEH.shape != shape:
+            raise ValueError(f"{self.path}: routers of shape {tuple(router_DEH.shape)}, the model needs {shape}")
+        return router_DEH

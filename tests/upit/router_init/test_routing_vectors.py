@@ -6,7 +6,7 @@ import torch
 from tests.upit.conftest import expert_tensors, make_data
 from upit.examples import PADDING, collate
 from upit.forward import ffn_inputs_of, response_logits
-from upit.router_init import Random, RoutingVectors, optimise_routing_vectors, routing_vectors
+from upit.router_init import RoutingVectors, optimise_routing_vectors, routing_vectors
 from upit.scoring import SeedScorer, load_expert
 from upit.seed_data import LowestPerplexity
 
@@ -93,9 +93,8 @@ def test_padding_does_not_count(dense):
 @pytest.fixture
 def setting(dense, make_pool, tmp_path):
     experts = make_pool(dense, 3).experts
-    indices = list(range(12))
-    seeds = SeedScorer(dense, indices, DATA, file=tmp_path / "seeds.json").assign(experts, LowestPerplexity())
-    return dense, experts, seeds
+    scorer = SeedScorer(dense, range(12), DATA, file=tmp_path / "seeds.json")
+    return dense, experts, scorer.assign(experts, LowestPerplexity())
 
 
 @pytest.fixture
@@ -109,10 +108,10 @@ def trainings(monkeypatch):
     return seen
 
 
-def initialise(setting, directory, *, seed=0, **changes):
+def initialise(setting, directory, seed=0, **changes):
     dense, experts, seeds = setting
-    vectors = RoutingVectors(**{"epochs": 2, "lr": 1e-2, "batch_size": 4, **changes})
-    return vectors(dense, experts, seeds, DATA, directory=directory, seed=seed)
+    router = RoutingVectors(**{"epochs": 2, "lr": 1e-2, "batch_size": 4, **changes})
+    return router(dense, experts, seeds, DATA, directory=directory, seed=seed)
 
 
 def test_every_row_of_the_router_prefers_its_own_bucket(setting, tmp_path):
@@ -122,18 +121,6 @@ def test_every_row_of_the_router_prefers_its_own_bucket(setting, tmp_path):
     for e, expert in enumerate(experts):
         load_expert(dense, expert)
         assert attraction(dense, router_DEH[:, e], seeds.bucket(e)) > 0.8
-
-
-def test_a_random_router_trains_nothing_and_is_seeded(setting, tmp_path, trainings):
-    def initialise(seed):
-        return Random()(*setting, DATA, directory=tmp_path / "router", seed=seed)
-
-    experts, one = initialise(0)
-    assert experts == setting[1]
-    assert not trainings
-    assert torch.equal(one, initialise(0)[1])
-    assert not torch.equal(one, initialise(1)[1])
-    assert float(one.std()) == pytest.approx(setting[0].config.initializer_range, rel=0.2)
 
 
 @pytest.mark.parametrize("expert_lr", [None, 1e-3])

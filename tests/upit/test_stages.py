@@ -1,0 +1,256 @@
+"""The stages on files, from the command line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.upit.tiny import dense_model
+from upit.cli import STAGES, main
+from upit.files import read_json
+from upit.forward import moe_routers
+from upit.pool import Pool
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    paths = [tmp_path / f"dense_{seed}" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        dense_model("llama", seed).save_pretrained(path)
+    return [str(path) for path in paths]
+
+
+def run(command, **keys):
+    main([command, *(part for key, value in keys.items() for part in (f"--{key}", str(value)))])
+
+
+def test_upcycle_by_flags_and_by_config_agree(checkpoints, tmp_path, capsys):
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "a", seed=3)
+    assert "3 experts, top-2: needs" in capsys.readouterr().out
+    keys = {
+        "base": checkpoints[0],
+        "experts": checkpoints,
+        "output": str(tmp_path / "b"),
+        "router": "Random",
+        "seed": 3,
+    }
+    (tmp_path / "upcycle.yaml").write_text(yaml.safe_dump(keys))
+    main(["upcycle", "--config", str(tmp_path / "upcycle.yaml")])
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    gates = torch.stack([gate.weight for gate in moe_routers(AutoModelForCausalLM.from_pretrained(tmp_path / "a"))])
+    assert gates.shape == (2, 3, 32)
+    assert gates.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_upcycle_overwrites_only_when_told(checkpoints, tmp_path):
+    keys = {"base": checkpoints[0], "experts": checkpoints[:2], "output": tmp_path / "moe"}
+    run("upcycle", **keys)
+    with pytest.raises(SystemExit, match="is not empty"):
+        run("upcycle", **keys)
+    main(
+        [
+            "upcycle",
+            "--overwrite",
+            "--base",
+            checkpoints[0],
+            "--experts",
+            str(checkpoints),
+            "--output",
+            str(keys["output"]),
+        ]
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config.num_local_experts == 3
+
+
+def test_upcycle_says_what_a_router_lacks(checkpoints, tmp_path):
+    with pytest.raises(SystemExit, match=r"router=Ridge\(strength=0.1\) learns from seed data: set data"):
+        run(
+            "upcycle",
+            base=checkpoints[0],
+            experts=checkpoints,
+            output=tmp_path / "moe",
+            router="Ridge",
+            **{"router.strength": 0.1},
+        )
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_help_is_cheap(command):
+    script = (
+        f"import sys; from upit.cli import main; main(['{command}', '--help'])\n"
+        "assert not {'torch', 'transformers', 'lightning', 'jsonargparse'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "output: " in done.stdout or "inspect" in command
+
+
+def expand(checkpoints, output, **keys):
+    run("expand", base=checkpoints[0], experts=checkpoints[1:], output=output, **{"num_experts": 4, **keys})
+
+
+def test_expand_writes_a_pool_that_upcycle_takes(checkpoints, tmp_path):
+    expand(checkpoints, tmp_path / "pool", merge="Linear", seed=1)
+    pool = Pool.load(tmp_path / "pool")
+    pool.verify()
+    lineage = read_json(tmp_path / "pool/lineage.json")
+    assert [entry["kind"] for entry in lineage] == ["checkpoint", "checkpoint", "merged", "merged"]
+    assert [expert.origin["kind"] for expert in pool.experts] == [entry["kind"] for entry in lineage]
+    assert len(read_json(tmp_path / "pool/similarity.json")) == 4
+    first, second, child, _ = pool.experts
+    name = "model.layers.1.mlp.up_proj.weight"
+    alpha = lineage[2]["alpha"]
+    assert lineage[2]["parents"] == [0, 1]
+    torch.testing.assert_close(child.read(name), alpha * first.read(name) + (1 - alpha) * second.read(name))
+    assert torch.equal(first.read(name), dense_model("llama", 1).state_dict()[name])
+    run("upcycle", base=checkpoints[0], experts=[str(pool.directory)], output=tmp_path / "moe")
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert torch.equal(moe.model.layers[1].mlp.experts.gate_up_proj[2, 48:], child.read(name))
+
+
+def test_expand_of_a_pool_keeps_its_lineage_and_selects(checkpoints, tmp_path):
+    expand(checkpoints, tmp_path / "four")
+    four = str(tmp_path / "four")
+    run("expand", base=four, experts=[four], output=tmp_path / "two", num_experts=2, selection="Last")
+    two = Pool.load(tmp_path / "two")
+    assert [expert.origin["kind"] for expert in two.experts] == ["merged", "merged"]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(two.base.read(name), dense_model("llama", 0).state_dict()[name])
+
+
+def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, monkeypatch):
+    pool = tmp_path / "pool"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "gather", killed)
+        with pytest.raises(KeyboardInterrupt):
+            expand(checkpoints, pool)
+    before = {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")}
+    assert len(before) == 2
+    expand(checkpoints, pool)
+    assert {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")} == before
+    with pytest.raises(SystemExit, match="holds a pool already"):
+        expand(checkpoints, pool)
+    with pytest.raises(SystemExit, match="is one of the inputs"):
+        run("expand", base=pool, experts=[str(pool)], output=pool, num_experts=5, overwrite="true")
+    expand(checkpoints, pool, num_experts=3, overwrite="true")
+    assert len(Pool.load(pool).experts) == 3
+
+
+def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
+    dense_model("llama", intermediate_size=40).save_pretrained(tmp_path / "odd")
+    with pytest.raises(SystemExit, match=r"odd: tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"):
+        expand([*checkpoints, str(tmp_path / "odd")], tmp_path / "pool")
+    with pytest.raises(SystemExit, match="experts: nothing is at"):
+        expand([*checkpoints, str(tmp_path / "nowhere")], tmp_path / "pool")
+    with pytest.raises(SystemExit, match="at least 2 checkpoints to merge"):
+        expand(checkpoints[:2], tmp_path / "pool")
+
+
+# --- routers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(checkpoints, data):
+    """Checkpoints whose tokenizer is the data's, and flags that name the data."""
+    special = {f"{kind}_token_id": getattr(data.tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    for seed, path in enumerate(checkpoints):
+        dense_model("llama", seed, vocab_size=len(data.tokenizer), **special).save_pretrained(path)
+    settings = {name: getattr(data, name) for name in ("families", "train_size", "heldout_size")}
+    settings |= {"cache_dir": str(data.cache_dir), "vocab_size": 320, "max_length": 128, "batch_size": 4}
+    return checkpoints, {"class_path": "datamodules.ReasoningGymDataModule", "init_args": settings}
+
+
+def by_config(command, tmp_path, **keys):
+    (tmp_path / f"{command}.yaml").write_text(yaml.safe_dump(keys))
+    main([command, "--config", str(tmp_path / f"{command}.yaml")])
+
+
+def gates_of(path):
+    return torch.stack([gate.weight for gate in moe_routers(AutoModelForCausalLM.from_pretrained(path))])
+
+
+def test_a_router_for_experts_serves_upcycle(trained, tmp_path):
+    checkpoints, data = trained
+    common = {"base": checkpoints[0], "experts": checkpoints, "seed_fraction": 0.1}
+    by_config("init-router", tmp_path, output=str(tmp_path / "router"), router="HiddenMean", data=data, **common)
+    run(
+        "upcycle",
+        base=checkpoints[0],
+        experts=checkpoints,
+        output=tmp_path / "a",
+        router="FromFile",
+        **{"router.path": tmp_path / "router/router.safetensors"},
+    )
+    by_config("upcycle", tmp_path, output=str(tmp_path / "b"), router="HiddenMean", data=data, **common)
+    assert torch.equal(gates_of(tmp_path / "a"), gates_of(tmp_path / "b"))
+    torch.testing.assert_close(gates_of(tmp_path / "a").norm(dim=-1), torch.ones(2, 3))
+
+
+def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
+    checkpoints, data = trained
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
+    moe, out = str(tmp_path / "moe"), str(tmp_path / "new")
+    router = {"class_path": "RoutingVectors", "init_args": {"epochs": 1}}
+    keys = {"base": checkpoints[0], "moe": moe, "output": out, "data": data, "seed_fraction": 0.1}
+    by_config("init-router", tmp_path, router=router, **keys)
+    ours, theirs = load_file(tmp_path / "new/model.safetensors"), load_file(tmp_path / "moe/model.safetensors")
+    changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
+    assert changed == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)}
+    assert ours.keys() == theirs.keys()
+    assert (tmp_path / "new/config.json").read_text() == (tmp_path / "moe/config.json").read_text()
+    run("init-router", base=checkpoints[0], moe=moe, output=tmp_path / "random", router="Random", seed=5)
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "same", seed=5)
+    assert torch.equal(gates_of(tmp_path / "random"), gates_of(tmp_path / "same"))
+
+
+def test_init_router_wants_one_of_moe_and_experts(checkpoints, tmp_path):
+    with pytest.raises(SystemExit, match="give one of moe and experts"):
+        run("init-router", base=checkpoints[0], output=tmp_path / "out")
+    with pytest.raises(SystemExit, match="is a 'llama', no MoE"):
+        run("init-router", base=checkpoints[0], moe=checkpoints[1], output=tmp_path / "out", router="Random")
+
+
+# --- inspect -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_inspect_shows_a_pool_and_a_model(checkpoints, tmp_path, capsys):
+    expand(checkpoints, tmp_path / "pool")
+    run("upcycle", base=checkpoints[0], experts=[checkpoints[0], checkpoints[0]], output=tmp_path / "copies")
+    capsys.readouterr()
+    main(["inspect", str(tmp_path / "pool")])
+    shown = capsys.readouterr().out
+    assert "expert_00.safetensors" in shown
+    assert "x expert 0 +" in shown
+    assert "Similarity" in shown
+    main(["inspect", str(tmp_path / "copies")])
+    shown = capsys.readouterr().out
+    assert "2, top-2" in shown
+    assert shown.count("1.0000 (1.0000 to 1.0000)") == 2  # identical experts, in both layers
+    with pytest.raises(SystemExit, match="is no run"):
+        main(["inspect", str(tmp_path)])
+
+
+def test_inspect_shows_a_run_and_its_checkpoint(finished, capsys):
+    folder, _, _ = finished
+    main(["inspect", str(folder)])
+    shown = capsys.readouterr().out
+    assert "step_0000003.safetensors" in shown
+    assert "seed examples" in shown
+    assert "Held-out loss" in shown
+    main(["inspect", str(next((folder / "checkpoints").glob("*=9.ckpt")))])
+    shown = capsys.readouterr().out
+    assert "mixtral" in shown
+    assert "moe" in shown

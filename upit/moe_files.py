@@ -1,0 +1,84 @@
+"""A Mixture-of-Experts checkpoint of stock transformers on disk: its routers, and its experts one by one."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from upit.families import FAMILIES, FFN, MOE_TYPES, expert_name
+from upit.files import digest, fresh_directory
+from upit.pool import Expert
+from upit.tensor_files import TensorFiles, write_checkpoint
+
+Track = Callable[[Iterable[str]], Iterable[str]]
+
+
+class MoEFiles:
+    """A MoE's directory.
+
+    Args:
+        directory: as ``save_pretrained`` and ``upit upcycle`` write it.
+    Raises: ValueError: it is no MoE of a supported family, or a weight is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        if self.config.model_type not in MOE_TYPES:
+            raise ValueError(
+                f"{str(directory)!r} is a {self.config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}"
+            )
+        self.family = next(family for family in FAMILIES.values() if family.moe_type == self.config.model_type)
+        self.files = TensorFiles(directory)
+        self.num_experts: int = self.config.num_experts
+        self.num_layers: int = self.config.num_hidden_layers
+
+    def router(self, layer: int) -> Tensor:
+        """A layer's gate, (E, H)."""
+        return self.files.read(self.family.router_in_file(layer))
+
+    def expert(self, e: int) -> Expert:
+        """One expert, its tensors named as in the dense state dict."""
+        names = {
+            expert_name(layer, part): self.family.expert_in_file(layer, e, part)
+            for layer in range(self.num_layers)
+            for part in FFN
+        }
+        dtype = str(self.files.renamed(names)[expert_name(0, FFN[0])].dtype).removeprefix("torch.")
+        origin = {"kind": "checkpoint", "path": f"{self.directory} (expert {e})"}
+        return Expert(self.directory, digest([self.files.stamp, e]), dtype, origin=origin, names=names)
+
+    def write_with(
+        self,
+        experts: Sequence[Expert],
+        router_DEH: Tensor,
+        output: Path,
+        *,
+        overwrite: bool = False,
+        track: Track = lambda names: names,
+    ) -> None:
+        """Write the MoE again, with other routers and experts.
+
+        Args:
+            output: a directory; appears only when complete.
+            overwrite: replace what is there.
+            track: wraps the tensors' names, for a progress bar.
+        Raises: FileExistsError: the output is not empty.
+        """
+        reads = {name: partial(self.files.read, name) for name in self.files}
+        for layer, router_EH in enumerate(router_DEH):
+            reads[self.family.router_in_file(layer)] = router_EH.clone
+            for e, expert in enumerate(experts):
+                for part in FFN:
+                    name = self.family.expert_in_file(layer, e, part)
+                    reads[name] = partial(expert.read, expert_name(layer, part))
+        specs = {name: (entry.dtype, entry.shape) for name, entry in self.files.items()}
+        tensors = ((name, reads[name]().to(specs[name][0])) for name in track(specs))
+        with fresh_directory(output, overwrite=overwrite) as directory:
+            write_checkpoint(directory, tensors, specs)
+            for file in self.directory.iterdir():
+                if file.is_file() and ".safetensors" not in file.name:
+                    shutil.copy(file, directory / file.name)

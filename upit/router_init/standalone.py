@@ -1,0 +1,70 @@
+"""Router initialisation on files: seed data, scores, buckets and the router, without a trainer."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from upit.examples import TrainingData
+from upit.models import check_tokenizer
+from upit.pool import Expert
+from upit.router_init.base import RouterInit, WithoutData
+from upit.scoring import SeedScorer
+from upit.seed_data import Assignment, LowestPerplexity, draw_seed
+
+
+def initialise(
+    router: RouterInit,
+    load: Callable[[], PreTrainedModel],
+    experts: list[Expert],
+    config: PretrainedConfig,
+    data: TrainingData | None,
+    *,
+    seed_fraction: float,
+    assignment: Assignment | None,
+    seed: int,
+    directory: Path,
+    track: Callable[[Iterable, str], Iterable],
+) -> tuple[list[Expert], Tensor]:
+    """Initialise a router outside of any fit.
+
+    Args:
+        load: gives the dense model, which is needed only where there is something to learn.
+        experts: see :func:`upit.expert_sources.experts_at`.
+        config: the dense model's.
+        data: what to learn from; its seed examples are drawn, scored and assigned first.
+        seed_fraction, assignment, seed: as for ``callbacks.Upcycling``.
+        directory: what an interrupted initialisation can use again.
+        track: wraps items under a title, for a progress bar.
+    Returns: the experts, which may have been trained along, and ``router_DEH``.
+    Raises: ValueError: there is something to learn but no data, or its tokenizer is not the model's.
+    """
+    if isinstance(router, WithoutData):
+        return experts, router.weights(config, len(experts), seed=seed)
+    if data is None:
+        raise ValueError(f"router={router} learns from seed data: set data to a data module")
+    data.prepare_data()
+    data.setup("fit")
+    check_tokenizer(config, data.tokenizer, source="base")
+    indices = draw_seed(len(data.train_set), fraction=seed_fraction, seed=seed, minimum=len(experts))
+    dense = load().eval()
+    scorer = SeedScorer(dense, indices, data, file=directory / "seed_perplexity.json")
+    seeds = scorer.assign(
+        experts, assignment or LowestPerplexity(), seed=seed, track=lambda items: track(items, "Scoring seed data")
+    )
+    print(f"Seed examples of each expert: {seeds.counts}")
+    return router(
+        dense,
+        experts,
+        seeds,
+        data,
+        directory=directory,
+        seed=seed,
+        track=lambda items: track(items, "Initialising the router"),
+    )
+
+
+def work_beside(output: Path) -> Path:
+    """Where the work for an output is kept."""
+    return output.with_name(output.name + ".router")

@@ -1,0 +1,295 @@
+"""Each stage on its own, on files, without a trainer: what ``upit expand``, ``upcycle`` and so on do.
+
+The functions' arguments are the keys of the command line and of ``--config``. Nothing heavy is imported until one
+runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from upit.examples import TrainingData
+    from upit.files import Estimate
+    from upit.merging import Merge
+    from upit.pool import Expert
+    from upit.router_init import RouterInit
+    from upit.seed_data import Assignment
+    from upit.selection import Parents, Selection
+    from upit.similarity import Similarity
+
+
+def upcycle(
+    base: str,
+    experts: list[str],
+    output: str,
+    top_k: int = 2,
+    router: RouterInit | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    data: TrainingData | None = None,
+    seed_fraction: float = 0.01,
+    assignment: Assignment | None = None,
+    seed: int = 0,
+    max_shard_gb: float = 5.0,
+    overwrite: bool = False,
+) -> None:
+    """Assemble dense checkpoints into a Mixture-of-Experts that stock transformers loads, tensor by tensor.
+
+    Args:
+        base: dense checkpoint directory; gives config, tokenizer and every weight that is no expert's.
+        experts: checkpoint directories, one an expert, and pools of harvested or expanded experts, which give all
+            theirs; wildcards are expanded.
+        output: directory to write.
+        top_k: experts a token.
+        router: initialisation of the router; default Random, the only one that needs no data.
+        dtype: of the output; default the inputs'.
+        data: data module that the router's seed data is drawn from.
+        seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
+        assignment: who gets which seed example; default LowestPerplexity.
+        seed: of all that is drawn.
+        max_shard_gb: size of a weight file, GB.
+        overwrite: replace what is at the output.
+    """
+    import torch
+
+    from upit.conversion import Conversion
+    from upit.files import check_output
+    from upit.models import load_pretrained
+    from upit.router_init import Random
+    from upit.router_init.standalone import initialise, work_beside
+
+    target = Path(output)
+    _check_apart(target, [base, *experts])
+    if not overwrite:
+        check_output(target)
+    conversion = Conversion(
+        Path(base), _experts_at(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None
+    )
+    estimate = conversion.estimate()
+    print(f"{len(conversion.experts)} experts, top-{top_k}: needs {estimate}")
+    estimate.check(target)
+    conversion.experts, router_DEH = initialise(
+        router or Random(),
+        lambda: load_pretrained(base),
+        conversion.experts,
+        conversion.dense,
+        data,
+        seed_fraction=seed_fraction,
+        assignment=assignment,
+        seed=seed,
+        directory=work_beside(target),
+        track=_bar,
+    )
+    torch.set_num_threads(1)  # one tensor at a time is copied and checked: more threads only wait for one another
+    conversion.write(
+        router_DEH,
+        target,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        overwrite=overwrite,
+        track=lambda names: _bar(names, "Upcycling"),
+    )
+    print(f"Upcycled to {output}")
+
+
+def expand(
+    base: str,
+    experts: list[str],
+    num_experts: int,
+    output: str,
+    merge: Merge | None = None,
+    parents: Parents | None = None,
+    similarity: Similarity | None = None,
+    selection: Selection | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Make any number of experts from a few checkpoints (arXiv:2410.01610, Algorithm 2), as a pool.
+
+    The pool holds the experts' parameters alone, a manifest, and their lineage and similarity. Interrupted, the same
+    command takes up what is finished.
+
+    Args:
+        base: where task vectors start, the model before instruction tuning: a checkpoint directory, or a pool, for
+            its base.
+        experts: checkpoint directories, one an expert, and pools, which give all theirs; wildcards are expanded.
+        num_experts: experts to end with; fewer than there are selects.
+        output: directory to write.
+        merge: how two parents become one more expert; default Dare.
+        parents: which two; default MostDissimilar.
+        similarity: how alike two experts are; default Cosine, of their task vectors.
+        selection: which ones are left out; default Even.
+        seed: of all that is drawn.
+        overwrite: replace the pool at the output.
+    """
+    import shutil
+
+    from upit.expansion import expand as expand_pool
+    from upit.expert_sources import check_shapes
+    from upit.files import write_json
+    from upit.pool import Pool
+
+    pool, found, origin = Pool(Path(output)), _experts_at(experts), _base_at(base)
+    _check_apart(pool.directory, [base, *experts])
+    for expert in found:
+        check_shapes(expert, origin)
+    if overwrite:
+        shutil.rmtree(pool.directory, ignore_errors=True)
+    elif pool.manifest_file.exists():
+        raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
+    estimate = _expansion_estimate(origin, max(num_experts, len(found)), num_experts)
+    print(f"{len(found)} experts to {num_experts}: needs {estimate}")
+    estimate.check(pool.directory)
+    expansion = expand_pool(
+        found,
+        origin,
+        num_experts=num_experts,
+        output=pool.directory,
+        merge=merge,
+        parents=parents,
+        selection=selection,
+        similarity=similarity,
+        seed=seed,
+        track=lambda names, what="": _bar(names, f"Expanding {what}"),
+    )
+    own = pool.gather(origin, expansion.experts)
+    places = [{"file": str(expert.file), "sha256": expert.sha256} for expert in own]
+    lineage = [entry | place for entry, place in zip(expansion.lineage, places, strict=True)]
+    write_json(pool.directory / "lineage.json", lineage)
+    write_json(pool.directory / "similarity.json", expansion.similarity)
+    print(f"{num_experts} experts in {output}")
+
+
+def init_router(
+    base: str,
+    output: str,
+    moe: str | None = None,
+    experts: list[str] | None = None,
+    router: RouterInit | None = None,
+    data: TrainingData | None = None,
+    seed_fraction: float = 0.01,
+    assignment: Assignment | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Initialise the router of a MoE, or of experts that are to become one.
+
+    Of a MoE, writes it again with the new router. Of experts, writes ``router.safetensors``, which upcycle takes by
+    ``--router FromFile --router.path FILE``; experts that were trained along lie in ``<output>.router``.
+
+    Args:
+        base: dense checkpoint directory: the architecture, and beside experts every other weight.
+        output: directory to write.
+        moe: MoE directory; give this or experts.
+        experts: checkpoint directories, one an expert, and pools, which give all theirs; wildcards are expanded.
+        router: initialisation of the router; default RoutingVectors.
+        data: data module that the seed data is drawn from.
+        seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
+        assignment: who gets which seed example; default LowestPerplexity.
+        seed: of all that is drawn.
+        overwrite: replace what is at the output.
+    """
+    from transformers import AutoConfig
+
+    from upit.files import check_output, fresh_directory
+    from upit.models import load_pretrained
+    from upit.moe_files import MoEFiles
+    from upit.non_experts import Named
+    from upit.router_init import RoutingVectors
+    from upit.router_init.standalone import initialise, work_beside
+    from upit.tensor_files import write_tensors
+
+    if (moe is None) == (experts is None):
+        raise ValueError(f"give one of moe and experts: got moe={moe!r}, experts={experts!r}")
+    target = Path(output)
+    _check_apart(target, [base, *(experts or [str(moe)])])
+    if not overwrite:
+        check_output(target)
+    files = MoEFiles(Path(moe)) if moe else None
+    found = [files.expert(e) for e in range(files.num_experts)] if files else _experts_at(experts or [])
+
+    def load() -> PreTrainedModel:
+        dense = load_pretrained(base)
+        if moe:
+            Named(moe).fill(dense, [])
+        return dense
+
+    found, router_DEH = initialise(
+        router or RoutingVectors(),
+        load,
+        found,
+        AutoConfig.from_pretrained(base),
+        data,
+        seed_fraction=seed_fraction,
+        assignment=assignment,
+        seed=seed,
+        directory=work_beside(target),
+        track=_bar,
+    )
+    if files:
+        files.write_with(
+            found, router_DEH, target, overwrite=overwrite, track=lambda names: _bar(names, "Writing the MoE")
+        )
+    else:
+        with fresh_directory(target, overwrite=overwrite) as directory:
+            specs = {"router": (router_DEH.dtype, tuple(router_DEH.shape))}
+            write_tensors(directory / "router.safetensors", [("router", router_DEH)], specs)
+    print(f"Wrote {output}")
+
+
+def inspect(path: str) -> None:
+    """Show what a run, a pool, a training checkpoint or a model directory holds.
+
+    Pools: experts, their origins and similarity. Runs: these, and lineage, seed examples and scores. Checkpoints:
+    phase, step and architecture. Models: sizes, and of a MoE how far its gates' rows and its experts differ in each
+    layer.
+
+    Args:
+        path: run's folder, pool, checkpoint, or model directory.
+    """
+    from rich.console import Console
+
+    from upit.inspection import inspect as show
+
+    show(Path(path), Console(), track=lambda layers: _bar(layers, "Comparing experts"))
+
+
+def _check_apart(output: Path, inputs: list[str]) -> None:
+    """Raises: ValueError: the output is one of the inputs, which overwriting would delete."""
+    from upit.expert_sources import directories
+
+    if output.resolve() in [path.resolve() for path in directories(inputs, field="base, experts")]:
+        raise ValueError(f"output={str(output)!r} is one of the inputs; name another directory")
+
+
+def _base_at(path: str) -> Expert:
+    from upit.expert_sources import experts_at
+    from upit.pool import Pool
+
+    pool = Pool(Path(path))
+    return pool.base if pool.manifest_file.exists() else experts_at(pool.directory)[0]
+
+
+def _expansion_estimate(base: Expert, in_memory: int, written: int) -> Estimate:
+    """One tensor of every expert in float32, and the experts' files with the base's."""
+    from upit.files import Estimate
+
+    largest = max(math.prod(shape) for shape in base.shapes.values())
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in base.specs.values())
+    return Estimate(4 * largest * (in_memory + 4), size * (written + 1))
+
+
+def _experts_at(paths: list[str]) -> list[Expert]:
+    from upit.expert_sources import directories, experts_at
+
+    return [expert for path in directories(paths, field="experts") for expert in experts_at(path)]
+
+
+def _bar(items: Iterable, text: str) -> Iterable:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, text, leave=False)
