@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
     [
         (
             ["--upcycling.router", "upit.router_init.Nope"],
-            "valid choices of RouterInit: upit.router_init.HiddenMean, upit.router_init.Random, ",
+            "upit.router_init.HiddenMean, upit.router_init.Random, upit.router_init.Ridge, upit.router_init.RoutingVectors",
         ),
         (
             ["--upcycling.merge", "upit.selection.Even"],
