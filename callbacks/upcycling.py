@@ -108,8 +108,8 @@ class Upcycling(Callback):
         check_top_k(pl_module.moe.num_experts, pl_module.moe.top_k)
         if self.non_experts.of_pool and not self.source.whole:
             raise ValueError(
-                f"Upcycling.non_experts={self.non_experts} averages over checkpoints, and source={self.source} has "
-                "none of its own; use upit.non_experts.Last"
+                f"Upcycling.non_experts={self.non_experts} averages over checkpoints, but those of "
+                f"source={self.source} come without the parameters it needs; use upit.non_experts.Last"
             )
         self.harvest = self._harvest_of(trainer)
         self.harvest.keep_rest = self.non_experts.of_pool

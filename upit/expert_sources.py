@@ -23,7 +23,7 @@ from upit.tensor_files import TensorFiles
 class ExpertSource(Strategy):
     """Gives the pool that expansion starts from."""
 
-    whole = True  # whether the experts come with the other parameters of their checkpoints
+    whole: bool = True  # whether the experts come with the other parameters of their checkpoints
 
     @abstractmethod
     def experts(
@@ -70,7 +70,8 @@ class Harvested(ExpertSource):
             "first_half": found[: -(-len(found) // 2)],
             "second_half": found[len(found) // 2 :],
         }[self.keep]
-        return [harvest.base, *kept] if self.base else kept
+        pool = [harvest.base, *kept] if self.base else kept
+        return [replace(expert, origin={**expert.origin, "source": self.describe()}) for expert in pool]
 
     def count(self, harvested, num_experts):
         return self.base + (harvested if self.keep == "all" else -(-harvested // 2))
@@ -193,11 +194,15 @@ class Checkpoints(ExpertSource):
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         found: list[Expert] = []
         for path in self._directories():
-            own = experts_at(path)
-            for expert in own:
+            for expert in experts_at(path):
                 check_shapes(expert, harvest.base)
-            found += own
+                found.append(replace(expert, origin={**expert.origin, "source": self.describe()}))
         return found
+
+    @property
+    def whole(self):
+        pools = [Pool.load(path) for path in self._directories() if _is_pool(path)]
+        return all(expert.rest for pool in pools for expert in pool.experts)
 
     def count(self, harvested, num_experts):
         return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in self._directories())

@@ -1,5 +1,7 @@
 """Run a list of configs over several random seeds, each in a process of its own, and compare them.
 
+A run counts as finished once ``callbacks.RunReport`` says so in its ``report.json``: every config needs that callback.
+
 <output>/<config>/seed_<n>/   a run like any other
 <output>/summary.json         mean and standard deviation of each config
 <output>/hparams/<config>/    the same for TensorBoard's HParams

@@ -76,7 +76,7 @@ def test_fewer_experts_than_checkpoints(make_data, tmp_path):
 @pytest.mark.parametrize(
     ("upcycling", "message"),
     [
-        ({"source": Copies(), "non_experts": Mean()}, "source=Copies.* has none of its own"),
+        ({"source": Copies(), "non_experts": Mean()}, "source=Copies.* come without the parameters"),
         ({"source": Harvested("first_half"), "at_step": 3}, "at least 2 checkpoints to merge, there are 1"),
     ],
 )

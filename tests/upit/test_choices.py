@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
     [
         (
             ["--upcycling.router", "upit.router_init.Nope"],
-            "upit.router_init.HiddenMean, upit.router_init.Random, upit.router_init.Ridge, upit.router_init.RoutingVectors",
+            "upit.router_init.HiddenMean, upit.router_init.Random, upit.router_init.Ridge, ",
         ),
         (
             ["--upcycling.merge", "upit.selection.Even"],

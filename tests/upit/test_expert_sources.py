@@ -36,7 +36,8 @@ def test_harvested(tmp_path, source, steps):
     found = experts_of(source, tmp_path, harvest=make_pool(tmp_path / "pool", 5))
     assert [expert.origin["step"] for expert in found] == steps
     assert source.count(5, 8) == len(steps)
-    assert [expert.origin["kind"] for expert in found][-1] == "harvested"
+    assert found[-1].origin["kind"] == "harvested"
+    assert found[-1].origin["source"] == source.describe()
 
 
 def test_copies_are_the_dense_model(tmp_path, dense):
@@ -97,10 +98,13 @@ def test_checkpoints_from_directories_and_pools(tmp_path):
     source = Checkpoints([str(tmp_path / "mod*"), str(tmp_path / "elsewhere")])
     found = experts_of(source, tmp_path, harvest=harvest)
     assert source.count(1, 8) == len(found) == 3
-    assert found[0].origin == {"kind": "checkpoint", "path": str(model)}
+    assert found[0].origin == {"kind": "checkpoint", "path": str(model), "source": source.describe()}
     assert all(torch.equal(found[0].read(name), tensor) for name, tensor in tensors.items())
     assert [expert.sha256 for expert in found[1:]] == [expert.sha256 for expert in elsewhere.experts]
-    assert found[1].origin == {"kind": "harvested", "step": 1, "epoch": 0.25, "path": str(tmp_path / "elsewhere")}
+    where = {"path": str(tmp_path / "elsewhere"), "source": source.describe()}
+    assert found[1].origin == {"kind": "harvested", "step": 1, "epoch": 0.25, **where}
+    assert not source.whole, "the pool was harvested without the other parameters"
+    assert Checkpoints([str(model)]).whole
 
 
 def test_checkpoints_of_another_shape_are_named(tmp_path):
