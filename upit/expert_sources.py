@@ -23,7 +23,10 @@ from upit.tensor_files import TensorFiles
 class ExpertSource(Strategy):
     """Gives the pool that expansion starts from."""
 
-    whole: bool = True  # whether the experts come with the other parameters of their checkpoints
+    @property
+    def whole(self) -> bool:
+        """Whether the experts come with the other parameters of their checkpoints."""
+        return True
 
     @abstractmethod
     def experts(
@@ -81,7 +84,10 @@ class _Clones(ExpertSource):
     """N experts made of the dense model at the swap."""
 
     kind: str
-    whole = False
+
+    @property
+    def whole(self):
+        return False
 
     def alter(self, name: str, tensor: Tensor, *key: Any) -> Tensor:
         """One tensor of one expert.
