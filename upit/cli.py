@@ -5,6 +5,7 @@ import inspect
 import itertools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _sweep(args: list[str]) -> None:
         "upit sweep",
         description="Run a base config, and others stacked on it, over several random seeds; each run is a process of "
         "its own. Finished runs are skipped and interrupted ones resumed, so the same command goes on after a stop.",
-        epilog="Any other argument goes to every `upit fit`.",
+        epilog="Any other argument changes the base, as it would `upit fit`; a config has the last word.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -118,16 +119,16 @@ def _sweep(args: list[str]) -> None:
     from upit.sweep import plan, sweep
 
     try:
-        cells = plan(options.config, options.configs, options.seeds, options.output)
+        cells = plan(options.config, options.configs, options.seeds, options.output, extra=extra)
     except ValueError as error:
         parser.error(str(error))
-    for files in dict.fromkeys(cell.files for cell in cells):
-        _check_config([*[arg for file in files for arg in ("-c", str(file))], *extra])
-    if sweep(cells, options.output, extra=extra):
+    for arguments in dict.fromkeys(cell.arguments for cell in cells):
+        _check_config(arguments)
+    if sweep(cells, options.output):
         sys.exit(1)
 
 
-def _check_config(args: list[str]) -> None:
+def _check_config(args: Sequence[str]) -> None:
     """Exit with the parser's error where ``upit fit`` would not take these arguments."""
     from contextlib import redirect_stdout
     from io import StringIO

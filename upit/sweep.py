@@ -28,29 +28,40 @@ class Cell(NamedTuple):
     """One run of a sweep."""
 
     config: str  # its name
-    files: tuple[Path, ...]  # the base configs and its own
+    arguments: tuple[str, ...]  # of upit fit: the base configs, what changes them, and its own config
     seed: int
     run: Path
 
 
-def plan(base: Sequence[Path], configs: Sequence[Path], seeds: Sequence[int], output: Path) -> list[Cell]:
+def plan(
+    base: Sequence[Path], configs: Sequence[Path], seeds: Sequence[int], output: Path, *, extra: Sequence[str] = ()
+) -> list[Cell]:
     """Every run of a sweep: the base by itself, then each config stacked on it, over all seeds.
 
+    Args:
+        extra: more arguments of ``upit fit``; they change the base, and a config has the last word.
     Raises: ValueError: a config file is missing, two share a name, or a seed is given twice.
     """
     for path in (*base, *configs):
         if not path.is_file():
             raise ValueError(f"config {str(path)!r} does not exist")
-    stacks = {base[-1].stem: tuple(base)}
+    common = (*_options(base), *extra)
+    stacks = {base[-1].stem: common}
     for path in configs:
         if path.stem in stacks:
             raise ValueError(f"two configs are named {path.stem!r}; a run's directory has its config's name")
-        stacks[path.stem] = (*base, path)
+        stacks[path.stem] = (*common, *_options([path]))
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)} holds one twice")
     return [
-        Cell(name, files, seed, output / name / f"seed_{seed}") for name, files in stacks.items() for seed in seeds
+        Cell(name, arguments, seed, output / name / f"seed_{seed}")
+        for name, arguments in stacks.items()
+        for seed in seeds
     ]
+
+
+def _options(configs: Sequence[Path]) -> list[str]:
+    return [argument for path in configs for argument in ("-c", str(path))]
 
 
 def final_scores(run: Path) -> dict[str, float] | None:
@@ -66,17 +77,13 @@ def last_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def fit(cell: Cell, extra: Sequence[str] = ()) -> bool:
+def fit(cell: Cell) -> bool:
     """Run a cell from its last checkpoint, or anew: what an interrupted run left before its first one is removed.
 
-    Args:
-        extra: more arguments of ``upit fit``.
     Returns: whether it finished.
     """
-    command = [sys.executable, "-m", "upit", "fit"]
-    for file in cell.files:
-        command += ["-c", str(file)]
-    command += ["--seed_everything", str(cell.seed), "--trainer.default_root_dir", str(cell.run), *extra]
+    command = [sys.executable, "-m", "upit", "fit", *cell.arguments]
+    command += ["--seed_everything", str(cell.seed), "--trainer.default_root_dir", str(cell.run)]
     checkpoint = last_checkpoint(cell.run)
     if checkpoint is not None:
         command += ["--ckpt_path", str(checkpoint)]
@@ -91,9 +98,8 @@ def sweep(
     cells: Sequence[Cell],
     output: Path,
     *,
-    extra: Sequence[str] = (),
     console: Console | None = None,
-    run: Callable[[Cell, Sequence[str]], bool] = fit,
+    run: Callable[[Cell], bool] = fit,
 ) -> list[Cell]:
     """Run all cells that are not finished; write and print the comparison after each.
 
@@ -106,7 +112,7 @@ def sweep(
         state = "finished before" if finished else "resumed" if last_checkpoint(cell.run) else "started"
         console.rule(f"{number}/{len(cells)}  {cell.config}, seed {cell.seed}: {state}")
         console.file.flush()  # the run writes to the same terminal
-        if not finished and not run(cell, extra):
+        if not finished and not run(cell):
             failed.append(cell)
         summary = summarise(cells)
         write_json(output / "summary.json", summary)

@@ -36,7 +36,7 @@ def loss_of(cell):
 
 
 def stand_in(done, failing=()):
-    def run(cell, extra):
+    def run(cell):
         done.append((cell.config, cell.seed))
         if (cell.config, cell.seed) in failing:
             return False
@@ -50,8 +50,8 @@ def test_plan_stacks_each_config_on_the_base(cells, configs, tmp_path):
     assert [(cell.config, cell.seed) for cell in cells] == [
         (name, seed) for name in ("base", "first", "second") for seed in (0, 1)
     ]
-    assert cells[0].files == (configs[0],)
-    assert cells[2].files == (configs[0], configs[1])
+    assert cells[0].arguments == ("-c", str(configs[0]))
+    assert cells[2].arguments == ("-c", str(configs[0]), "-c", str(configs[1]))
     assert cells[3].run == tmp_path / "out/first/seed_1"
 
 
@@ -96,6 +96,12 @@ def test_one_run_has_no_deviation(cells):
     assert summarise(cells)["base"]["loss"] == {"mean": 0.5, "std": None}
 
 
+def test_other_arguments_change_the_base_and_a_config_has_the_last_word(configs, tmp_path):
+    cells = plan(configs[:2], configs[2:], [0], tmp_path, extra=["--trainer.max_steps", "3"])
+    base = ("-c", str(configs[0]), "-c", str(configs[1]), "--trainer.max_steps", "3")
+    assert [cell.arguments for cell in cells] == [base, (*base, "-c", str(configs[2]))]
+
+
 def test_the_command_resumes_the_last_checkpoint(cells, monkeypatch):
     calls = []
     monkeypatch.setenv("UPIT_RUN_DIR", "elsewhere")
@@ -103,12 +109,11 @@ def test_the_command_resumes_the_last_checkpoint(cells, monkeypatch):
     run = cells[3].run
     run.mkdir(parents=True)
     (run / "left_over").write_text("")
-    assert not module.fit(cells[3], ["--trainer.max_steps", "3"])
+    assert not module.fit(cells[3])
     assert not run.exists(), "an interrupted run without a checkpoint starts anew"
     command, env = calls[0]
     assert command[3:] == [
-        "fit", "-c", str(cells[3].files[0]), "-c", str(cells[3].files[1]), "--seed_everything", "1",
-        "--trainer.default_root_dir", str(run), "--trainer.max_steps", "3",
+        "fit", *cells[3].arguments, "--seed_everything", "1", "--trainer.default_root_dir", str(run),
     ]  # fmt: skip
     assert "UPIT_RUN_DIR" not in env, "a run of another's directory keeps no records"
     for i, name in enumerate(("epoch=1-step=9", "epoch=0-step=4")):
