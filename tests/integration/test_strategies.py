@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import make_callbacks, make_module, make_trainer
 from upit.expert_sources import Checkpoints, Copies, DropUpcycling, Harvested
+from upit.export import export_checkpoint
 from upit.merging import DareTies, Slerp, Ties
 from upit.non_experts import Last, Mean
 from upit.router_init import HiddenMean, Random, Ridge, RoutingVectors
@@ -83,3 +86,20 @@ def test_fewer_experts_than_checkpoints(make_data, tmp_path):
 def test_refused_before_training(make_data, tmp_path, upcycling, message):
     with pytest.raises(ValueError, match=message):
         fit(make_data, tmp_path, upcycling)
+
+
+def test_branch_train_mix(finished, make_data, tmp_path):
+    """Two exported dense models become the experts; everything else is their mean."""
+    run, _, _ = finished
+    models = [export_checkpoint(run / f"checkpoints/step={step}.ckpt", tmp_path / f"m/{step}") for step in (2, 5)]
+    module = make_module(num_experts=2, top_k=1, lr=0.0)
+    upcycling = {"at_step": 1, "source": Checkpoints([f"{tmp_path}/m/*"]), "non_experts": Mean(), "router": Random()}
+    callbacks = make_callbacks({"at_steps": [1]}, upcycling, report=False)
+    make_trainer(tmp_path / "run", callbacks, max_steps=2).fit(module, datamodule=make_data())
+    first, second = (load_file(model / "model.safetensors") for model in models)
+    found = module.lm.state_dict()
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    torch.testing.assert_close(found[norm], (first[norm] + second[norm]) / 2)
+    experts = found["model.layers.1.mlp.experts.down_proj"]
+    for expert, dense in zip(experts, (first, second), strict=True):
+        assert torch.equal(expert, dense["model.layers.1.mlp.down_proj.weight"])
