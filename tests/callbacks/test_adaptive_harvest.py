@@ -39,10 +39,11 @@ def test_harvests_once_far_enough(make_data, tmp_path):
     assert len(found) < len(every)
 
 
-def test_resume_harvests_the_same(make_data, tmp_path):
-    harvest = {"every_n_steps": 1, "min_distance": 0.02}
+@pytest.mark.parametrize(("interval", "distance", "skips"), [(1, 0.02, True), (2, 1e-6, False)])
+def test_resume_harvests_the_same(make_data, tmp_path, interval, distance, skips):
+    harvest = {"every_n_steps": interval, "min_distance": distance}
     whole = fit(make_data, tmp_path / "run", harvest)
-    assert len(whole) < 8, "nothing was skipped"
+    assert (len(whole) < 8 // interval) == skips
     files = {file.name: file.read_bytes() for file in (tmp_path / "run/experts").glob("step*")}
     again = fit(
         make_data, tmp_path / "run", harvest, ckpt_path=tmp_path / "run/checkpoints/step=4.ckpt", weights_only=True

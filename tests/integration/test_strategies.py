@@ -103,3 +103,13 @@ def test_branch_train_mix(finished, make_data, tmp_path):
     experts = found["model.layers.1.mlp.experts.down_proj"]
     for expert, dense in zip(experts, (first, second), strict=True):
         assert torch.equal(expert, dense["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_the_z_loss_keeps_router_logits_small(make_data, tmp_path):
+    def router_norm(weight):
+        run = tmp_path / str(weight)
+        module, _, _ = fit(make_data, run, {"router": HiddenMean()}, router_z_loss_weight=weight, lr=1e-2)
+        assert ("moe/router_z_loss" in (run / "metrics.csv").read_text()) == (weight > 0)
+        return float(module.lm.model.layers[0].mlp.gate.weight.norm())
+
+    assert router_norm(10.0) < router_norm(0.0)
