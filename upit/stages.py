@@ -128,6 +128,8 @@ def expand(
     """
     import shutil
 
+    import torch
+
     from upit.expansion import expand as expand_pool
     from upit.expert_sources import check_shapes
     from upit.files import write_json
@@ -144,6 +146,8 @@ def expand(
     estimate = _expansion_estimate(origin, max(num_experts, len(found)), num_experts)
     print(f"{len(found)} experts to {num_experts}: needs {estimate}")
     estimate.check(pool.directory)
+    # with a thread for every core, each operation waits for the core that something else is using
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     expansion = expand_pool(
         found,
         origin,
