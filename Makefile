@@ -22,7 +22,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not gpu and not multi_gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not multi_gpu"
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -11,8 +11,10 @@ variant is a process of its own; steps are timed between synchronisations, after
 """
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -58,6 +60,9 @@ class StepTimer(Callback):
         if self.profile and step == self.first + self.timed:
             self.profiler = torch.profiler.profile()
             self.profiler.__enter__()
+        if self.profile and step == self.first + self.timed + 4:
+            self.python = cProfile.Profile()
+            self.python.enable()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.first + self.timed:
@@ -74,9 +79,15 @@ class StepTimer(Callback):
         if self.profiler and trainer.global_step == self.first + self.timed + 3:
             torch.cuda.synchronize()
             self.profiler.__exit__(None, None, None)
-            table = self.profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45)
-            Path(self.profile).write_text(table)
+            events = self.profiler.key_averages()
+            tables = [events.table(sort_by=f"self_{kind}_time_total", row_limit=45) for kind in ("cuda", "cpu")]
+            Path(self.profile).write_text("\n".join(tables))
             self.profiler = None
+        if self.profile and trainer.global_step == self.first + self.timed + 9:
+            self.python.disable()
+            with Path(self.profile).open("a") as stream:
+                for order in ("tottime", "cumulative"):
+                    pstats.Stats(self.python, stream=stream).sort_stats(order).print_stats(45)
 
 
 def _recompiles() -> int:
@@ -98,7 +109,7 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
     }
     return {
         "trainer": {
-            "max_steps": first + TIMED + 4,
+            "max_steps": first + TIMED + 10,
             "max_epochs": 4,
             "precision": options.precision,
             "limit_val_batches": 0,

@@ -84,6 +84,13 @@ class ExpertHarvest(Callback):
             self._save(trainer, pl_module, step=0)
 
     @override
+    def on_train_start(self, trainer, pl_module) -> None:
+        if trainer.ckpt_path is not None and pl_module.phase == "dense":
+            pool = Pool.load(self.directory)
+            if rank() == 0:
+                pool.forget_after(trainer.global_step)
+
+    @override
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if pl_module.phase != "dense":
             return

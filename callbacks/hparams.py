@@ -5,6 +5,8 @@ from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
 from callbacks.pictures import run_of, tensorboards
+from upit.artefacts import choices
+from upit.distributed import rank
 from upit.tables import markdown, score_table, settings_table
 
 METRICS = (
@@ -21,14 +23,21 @@ METRICS = (
 
 
 class HParams(Callback):
-    """Reads ``<run>/config.yaml``, which ``upit fit`` writes: each class by its name, each argument beneath it.
+    """Each class of ``<run>/config.yaml`` by its name, each argument beneath it, and the strategies left to defaults.
 
-    Shows the settings as the text ``eval/settings`` too, and the scores of all stages as ``eval/scores``.
+    Keeps them in ``<run>/settings.json``. Shows them as the text ``eval/settings`` too, and all stages' scores as
+    ``eval/scores``.
     """
 
     @override
     def on_fit_start(self, trainer, pl_module) -> None:
-        settings = run_of(trainer).settings
+        run = run_of(trainer)
+        owners = {type(callback).__name__.lower(): callback for callback in trainer.callbacks}
+        settings = run.config
+        for key, owner in {**owners, "model.moe": getattr(pl_module, "moe", pl_module)}.items():
+            settings |= choices(key, owner)
+        if rank() == 0:
+            run.save("settings.json", settings)
         for writer in tensorboards(trainer):
             experiment, start, self.end = hparams(settings, dict.fromkeys(METRICS, 0.0))
             writer.file_writer.add_summary(experiment)

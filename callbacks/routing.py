@@ -1,14 +1,13 @@
 """Who gets which tokens, right after the swap and at every validation after it."""
 
 import time
-from contextlib import ExitStack
 
 from typing_extensions import override
 
 from callbacks.pictures import Pictures, bar, log_now, run_of
 from upit.distributed import rank
 from upit.metrics import DomainRouting, summary
-from upit.routing import count_heldout, domain_routing, expert_choices_of, token_view
+from upit.routing import count_heldout, domain_routing, expert_choices, token_view
 
 DRAWING = 0.01
 
@@ -25,7 +24,6 @@ class RoutingPicture(Pictures):
 
     def __init__(self) -> None:
         self.metric: DomainRouting | None = None
-        self._tap = ExitStack()
         self._drawn_at = self._seconds = 0.0
 
     def on_upcycling_end(self, trainer, module, upcycling) -> None:
@@ -42,15 +40,9 @@ class RoutingPicture(Pictures):
         self.metric = domain_routing(pl_module.lm, trainer.datamodule) if counts else None
 
     @override
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
-        if self.metric is not None:
-            self._choices = self._tap.enter_context(expert_choices_of(pl_module.lm))
-
-    @override
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if self.metric is not None:
-            self._tap.close()
-            self.metric.update(self._choices, batch["example_ids"].flatten())
+            self.metric.update(expert_choices(pl_module.lm), batch["example_ids"].flatten())
 
     @override
     def on_validation_epoch_end(self, trainer, pl_module) -> None:

@@ -18,12 +18,13 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from datamodules.chat import encode
+from datamodules.chat import check_messages, encode
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
 
 PAD_MULTIPLE = 64
+CACHE_VERSION = 2  # raised when the same source gives other examples than before
 Row = dict[str, Any]  # id, domain, messages, metadata
 
 
@@ -90,7 +91,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     @property
     def folder(self) -> Path:
-        key = json.dumps([self.source_key(), self.max_length], sort_keys=True)
+        key = json.dumps([CACHE_VERSION, self.source_key(), self.max_length], sort_keys=True)
         return self.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:20]
 
     @override
@@ -142,10 +143,10 @@ class ConversationDataModule(L.LightningDataModule):
         self.domains = sorted({row["domain"] for row in self.heldout_set})
         self.stats = read_json(self.folder / "stats.json")
         for name, counts in self.stats.items():
-            if counts["cut"]:
+            if counts["cut"] or counts["dropped"]:
                 warnings.warn(
                     f"{name}: {counts['cut']} of {counts['examples'] + counts['dropped']} examples are longer than "
-                    f"max_length={self.max_length}: cut; {counts['dropped']} of them had no response left: dropped",
+                    f"max_length={self.max_length}: cut; {counts['dropped']} have no response (left): dropped",
                     stacklevel=2,
                 )
         self.rows = self._training_rows()
@@ -192,6 +193,7 @@ class ConversationDataModule(L.LightningDataModule):
                 sampler=self._sampler(self.rows, shuffle=True),
                 collate_fn=self._collate_packed,
                 num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
                 drop_last=True,
             )
         return StatefulDataLoader(
@@ -200,6 +202,7 @@ class ConversationDataModule(L.LightningDataModule):
             sampler=StatefulDistributedSampler(self.rows, num_replicas=1, rank=0, shuffle=True, seed=self.seed),
             collate_fn=self._collate_grouped,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _collate_packed(self, rows: list[list[int]]) -> Batch:
@@ -246,6 +249,8 @@ class ConversationDataModule(L.LightningDataModule):
         if self.predict_file is None:
             raise ValueError("data.predict_file is not set: name a JSONL file with `prompt` or `messages`")
         self.predict_set = read_json_lines(Path(self.predict_file), field="data.predict_file")
+        for number, row in enumerate(self.predict_set, 1):
+            check_messages(_prompt(row), f"{self.predict_file}: prompt {number}")
         return DataLoader(
             list(enumerate(self.predict_set)),  # type: ignore[arg-type]
             batch_size=16,
@@ -258,8 +263,7 @@ class ConversationDataModule(L.LightningDataModule):
     def _collate_prompts(self, rows: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
         prompts = []
         for _, row in rows:
-            messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            encoded = self.tokenizer.apply_chat_template(_prompt(row), add_generation_prompt=True, return_dict=True)
             prompts.append(encoded["input_ids"])
         width = max(map(len, prompts))
         return {
@@ -267,3 +271,8 @@ class ConversationDataModule(L.LightningDataModule):
             "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
             "index": torch.tensor([index for index, _ in rows]),
         }
+
+
+def _prompt(row: Row) -> list[dict[str, Any]]:
+    """The conversation to answer."""
+    return row.get("messages") or [{"role": "user", "content": row.get("prompt")}]

@@ -17,6 +17,16 @@ CHATML = (
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+def check_messages(messages: Any, where: str) -> None:
+    """Raises: ValueError: not a list of {role, content}, both text."""
+    good = isinstance(messages, list) and all(
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
+    )
+    if not (good and messages):
+        raise ValueError(f"{where}: messages must be a list of {{role, content}}, both text; got {messages!r:.200}")
+
+
 def tokenise(tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Tokens of a conversation and their labels: the token itself in a response, IGNORE elsewhere.
 
@@ -69,6 +79,7 @@ def encode(tokenizer, row: Mapping[str, Any], *, max_length: int) -> dict[str, A
     Cut to ``max_length`` tokens; what is left of it may hold no response, which the caller drops and counts.
     """
     messages = row["messages"]
+    responses = [message["content"] for message in messages if message["role"] == "assistant"]
     ids, labels = tokenise(tokenizer, messages)
     cut = len(ids) > max_length
     ids, labels = ids[:max_length], labels[:max_length]
@@ -79,7 +90,7 @@ def encode(tokenizer, row: Mapping[str, Any], *, max_length: int) -> dict[str, A
         "input_ids": ids,
         "labels": labels,
         "prompt_length": starts[-1] if starts else 0,
-        "answer": messages[-1]["content"],
+        "answer": responses[min(len(starts), len(responses)) - 1] if starts else "",  # of the last response left
         "metadata": row.get("metadata", ""),
         "cut": cut,
     }

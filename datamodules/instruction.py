@@ -11,7 +11,8 @@ from datasets import load_dataset
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
-from upit.sources import load_tokenizer
+from datamodules.chat import check_messages
+from upit.sources import content_key, load_tokenizer, template_text
 
 
 class InstructionDataModule(ConversationDataModule):
@@ -65,21 +66,20 @@ class InstructionDataModule(ConversationDataModule):
         self.prompt_column = prompt_column
         self.response_column = response_column
         self.domain_column = domain_column
-        self.chat_template = chat_template
+        self.chat_template = chat_template and template_text(chat_template)
         self.trust_remote_code = trust_remote_code
 
     @override
     def source_key(self) -> dict[str, Any]:
-        files = [*(self.train_files or []), *(self.heldout_files or [])]
-        template = self.chat_template
-        if template and "{" not in template:
-            template = Path(template).read_text()
         return {
-            "files": {name: _file_digest(Path(name)) for name in files},
-            "dataset": [self.dataset, self.split],
+            "train_files": {name: _file_digest(Path(name), "data.train_files") for name in self.train_files or []},
+            "heldout_files": {
+                name: _file_digest(Path(name), "data.heldout_files") for name in self.heldout_files or []
+            },
+            "dataset": [content_key(self.dataset), self.split],
             "heldout": [self.heldout_files, self.heldout_fraction, self.seed],
             "columns": [self.messages_column, self.prompt_column, self.response_column, self.domain_column],
-            "tokenizer": [self.tokenizer_source, template],
+            "tokenizer": [content_key(self.tokenizer_source), self.chat_template],
         }
 
     @override
@@ -117,11 +117,15 @@ class InstructionDataModule(ConversationDataModule):
     def _rows(self, records: Iterable[dict[str, Any]], source: str, domain: str) -> list[Row]:
         rows = []
         for number, record in enumerate(records, 1):
+            if not isinstance(record, dict):
+                raise ValueError(f"{source}: example {number} is no object of columns: {record!r:.200}")
+            messages = self._messages(record, source)
+            check_messages(messages, f"{source}: example {number}")
             rows.append(
                 {
                     "id": f"{source}:{number}",
                     "domain": str(self._column(record, self.domain_column, source)) if self.domain_column else domain,
-                    "messages": self._messages(record, source),
+                    "messages": messages,
                     "metadata": "",
                 }
             )
@@ -173,7 +177,7 @@ def read_json_lines(path: Path, *, field: str) -> list[dict[str, Any]]:
     """Records of a JSONL file; a broken line is named by its number."""
     _check_file(path, field)
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):  # splitlines would split inside strings too
         if not line.strip():
             continue
         try:
@@ -190,7 +194,7 @@ def _check_file(path: Path, field: str) -> None:
         raise ValueError(f"{field}: {path} is empty")
 
 
-def _file_digest(path: Path) -> str:
-    _check_file(path, "data.train_files")
+def _file_digest(path: Path, field: str) -> str:
+    _check_file(path, field)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
 from datamodules.chat import CHATML
-from upit.sources import load_tokenizer
+from upit.sources import content_key, load_tokenizer, template_text
 
 HELDOUT_SEED = 2**31
 
@@ -53,7 +53,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         self.heldout_size = heldout_size
         self.tokenizer_source = tokenizer
         self.vocab_size = vocab_size
-        self.chat_template = chat_template
+        self.chat_template = chat_template and template_text(chat_template)
         self.system_prompt = system_prompt
         self.trust_remote_code = trust_remote_code
 
@@ -63,7 +63,7 @@ class ReasoningGymDataModule(ConversationDataModule):
             "families": self.families,
             "sizes": [self.train_size, self.heldout_size],
             "seed": self.seed,
-            "tokenizer": [self.tokenizer_source, self.vocab_size, self.chat_template],
+            "tokenizer": [content_key(self.tokenizer_source), self.vocab_size, self.chat_template],
             "system_prompt": self.system_prompt,
             "reasoning_gym": version("reasoning-gym"),
         }
@@ -79,21 +79,23 @@ class ReasoningGymDataModule(ConversationDataModule):
 
     @override
     def make_rows(self) -> tuple[list[Row], list[Row]]:
-        train: list[Row] = []
-        heldout: list[Row] = []
-        bar = tqdm([(d, f) for d in self.families for f in self.families[d]], desc="Generating questions", leave=False)
-        for domain, family in bar:
-            share = len(self.families[domain])
-            seen: set[str] = set()
-            # held out first: every question in it is kept from the training set
-            heldout += self._questions(domain, family, -(-self.heldout_size // share), HELDOUT_SEED, seen)
-            train += self._questions(domain, family, -(-self.train_size // share), 0, seen)
-        return train, heldout
+        # held out first: every question in it is kept from the training set, in whatever domain
+        seen: set[str] = set()
+        heldout = self._all_questions(self.heldout_size, HELDOUT_SEED, seen, "held-out")
+        return self._all_questions(self.train_size, 0, seen, "training"), heldout
+
+    def _all_questions(self, size: int, offset: int, seen: set[str], what: str) -> list[Row]:
+        rows: list[Row] = []
+        pairs = [(domain, family) for domain in self.families for family in self.families[domain]]
+        for domain, family in tqdm(pairs, desc=f"Generating {what} questions", leave=False):
+            rows += self._questions(domain, family, -(-size // len(self.families[domain])), offset, seen)
+        return rows
 
     def _questions(self, domain: str, family: str, count: int, offset: int, seen: set[str]) -> list[Row]:
         rows: list[Row] = []
-        questions = _dataset(family, json.dumps(self.families[domain][family]), self.seed + offset, 4 * count + 100)
-        for i in range(4 * count + 100):
+        seed, size = self.seed + offset, 4 * count + 100
+        questions = _dataset(family, json.dumps(self.families[domain][family]), seed, size)
+        for i in range(size):
             if len(rows) == count:
                 return rows
             entry = questions[i]
@@ -101,7 +103,7 @@ class ReasoningGymDataModule(ConversationDataModule):
                 raise ValueError(f"data.families.{domain}.{family} has no reference answers to train on; leave it out")
             if entry["question"] not in seen:
                 seen.add(entry["question"])
-                rows.append(self._row(domain, family, f"{family}:{self.seed + offset}:{i}", entry))
+                rows.append(self._row(domain, f"{family}:{seed}:{size}:{i}", entry))
         if len(rows) == count:
             return rows
         raise ValueError(
@@ -109,7 +111,7 @@ class ReasoningGymDataModule(ConversationDataModule):
             "widen its settings, or lower data.train_size or data.heldout_size"
         )
 
-    def _row(self, domain: str, family: str, name: str, entry: Mapping[str, Any]) -> Row:
+    def _row(self, domain: str, name: str, entry: Mapping[str, Any]) -> Row:
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         messages += [
             {"role": "user", "content": entry["question"]},
@@ -120,10 +122,10 @@ class ReasoningGymDataModule(ConversationDataModule):
     @override
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """The family's own verifier, on the very entry that the example came from."""
-        family, seed, index = example["metadata"].split(":")
-        settings = json.dumps(self.families[example["domain"]][family])
-        questions = _dataset(family, settings, int(seed), int(index) + 1)
-        return questions.score_answer(completion.strip(), questions[int(index)]) >= 1.0 - 1e-6
+        family, *numbers = example["metadata"].split(":")
+        seed, size, index = map(int, numbers)  # the size too: some families' entries depend on it
+        questions = _dataset(family, json.dumps(self.families[example["domain"]][family]), seed, size)
+        return questions.score_answer(completion.strip(), questions[index]) >= 1.0 - 1e-6
 
 
 @cache

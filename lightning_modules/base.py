@@ -102,7 +102,7 @@ class CausalLMModule(L.LightningModule):
 
     @override
     def configure_model(self) -> None:
-        if self.active.model is not None:
+        if self.active.model is not None or self._trainer is None:  # load_from_checkpoint builds what it finds
             return
         identity = read_identity(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
         if identity is not None:
@@ -133,9 +133,10 @@ class CausalLMModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.compiler.set_stance("default"):
             loss, terms = self.active.objective(batch)
-        self.log("train/loss", terms["lm_loss"], prog_bar=True, sync_dist=True)
+        rows = len(batch["input_ids"])
+        self.log("train/loss", terms["lm_loss"], prog_bar=True, sync_dist=True, batch_size=rows)
         for name, value in terms.items():
-            self.log(f"{self.active.phase}/{name}", value, sync_dist=True)
+            self.log(f"{self.active.phase}/{name}", value, sync_dist=True, batch_size=rows)
         return loss
 
     def lm_loss(self, batch: Batch) -> Tensor:
@@ -263,8 +264,10 @@ class CausalLMModule(L.LightningModule):
         if IDENTITY not in checkpoint:
             raise ValueError("the checkpoint does not say which model it holds: no checkpoint of a upit module")
         self.enter(checkpoint[IDENTITY])
-        if self.active.model is None:  # load_from_checkpoint, outside a trainer
+        if self.active.model is None:
             self.active.model = build(config_of(checkpoint[IDENTITY]))
+            if self._trainer is not None:
+                self.active.finish(self._trainer)
 
 
 def mask_of(batch: Batch) -> Tensor:

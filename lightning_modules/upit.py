@@ -48,7 +48,8 @@ class UpITModule(CausalLMModule):
         if identity["phase"] != self.phase:
             self.active.model = None
         self.phase = identity["phase"]
-        self.swap_step = identity["swap_step"]
+        if self.phase == "moe":  # before it, the swap is where this run's config puts it
+            self.swap_step = identity["swap_step"]
 
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""

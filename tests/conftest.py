@@ -17,6 +17,8 @@ from datamodules import ReasoningGymDataModule
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from upit.router_init import RoutingVectors
 
+torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
 FAMILIES = {
     "letters": {"letter_counting": {"min_words": 2, "max_words": 3}},
     "arithmetic": {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}},
@@ -99,7 +101,6 @@ def every_step_checkpoints(run: Path) -> ModelCheckpoint:
 def finished(tmp_path_factory, cache):
     """One whole fit over the four stages, with a checkpoint at every step."""
     run = tmp_path_factory.mktemp("finished")
-    torch.set_num_threads(2)
     data = ReasoningGymDataModule(
         families=FAMILIES,
         cache_dir=str(cache),

@@ -1,6 +1,7 @@
 """What a run leaves on disk, read when asked for: one place that knows the files by name."""
 
 import csv
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from upit.files import read_json, write_json
+from upit.strategy import Strategy
 
 
 class Run:
@@ -74,22 +76,32 @@ class Run:
 
     @cached_property
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Steps and values of each metric in ``metrics.csv``."""
-        file = self.directory / "metrics.csv"
+        """Steps and values of each metric in ``metrics.csv``.
+
+        A resumed run left what came before in ``metrics-1.csv`` and so on; it counts up to where the next trains on.
+        """
         curves: dict[str, tuple[list[int], list[float]]] = {}
-        if file.exists():
+        earlier = sorted(self.directory.glob("metrics-*.csv"), key=lambda file: int(file.stem.rpartition("-")[2]))
+        for file in [*earlier, *self.directory.glob("metrics.csv")]:
             with file.open() as stream:
-                for row in csv.DictReader(stream):
-                    for name, value in row.items():
-                        if value and name not in ("step", "epoch"):
-                            steps, values = curves.setdefault(name, ([], []))
-                            steps.append(int(row["step"]))
-                            values.append(float(value))
+                rows = list(csv.DictReader(stream))
+            _cut(curves, before=next((int(row["step"]) for row in rows if row.get("train/loss")), sys.maxsize))
+            for row in rows:
+                for name in row.keys() - {"step", "epoch"}:
+                    if row[name]:
+                        steps, values = curves.setdefault(name, ([], []))
+                        steps.append(int(row["step"]))
+                        values.append(float(row[name]))
         return curves
 
     @cached_property
     def settings(self) -> dict[str, str | int | float | bool]:
-        """The config in one flat table; see :func:`flatten`."""
+        """The config in one flat table, with the choices left to their defaults where ``callbacks.HParams`` was on."""
+        return self._read("settings.json") or self.config
+
+    @property
+    def config(self) -> dict[str, str | int | float | bool]:
+        """``config.yaml`` in one flat table; see :func:`flatten`."""
         file = self.directory / "config.yaml"
         return flatten(yaml.safe_load(file.read_text())) if file.exists() else {}
 
@@ -109,6 +121,24 @@ class Run:
         return read_json(path) if path.exists() else None
 
 
+def _cut(curves: dict[str, tuple[list[int], list[float]]], *, before: int) -> None:
+    for name, (steps, values) in curves.items():
+        kept = [(step, value) for step, value in zip(steps, values, strict=True) if step < before]
+        curves[name] = ([step for step, _ in kept], [value for _, value in kept])
+
+
+def choices(key: str, owner: object) -> dict[str, Any]:
+    """The strategies that an object holds, in a flat table under ``key``: its defaults are here by name as well."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(owner).items():
+        if isinstance(value, Strategy):
+            about = value.describe()
+            flat[f"{key}.{name}"] = about.pop("name")
+            for argument, setting in about.items():
+                _flatten_into(flat, f"{key}.{name}.{argument}", setting)
+    return flat
+
+
 TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "devices")
 
 
@@ -123,7 +153,7 @@ def flatten(config: dict[str, Any]) -> dict[str, str | int | float | bool]:
     sections["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
     for callback in trainer.get("callbacks") or []:
         if not callback["class_path"].startswith("lightning."):
-            sections[f"callbacks.{callback['class_path'].rpartition('.')[2]}"] = callback
+            sections[callback["class_path"].rpartition(".")[2].lower()] = callback
     flat: dict[str, Any] = {}
     for key, value in sections.items():
         _flatten_into(flat, key, value, is_section=True)

@@ -33,10 +33,10 @@ def packed_mask(batch: Batch, dtype: torch.dtype, *, window: int | None = None) 
     Returns: where FlashAttention can run, int32 (1, 1, 1, S + 1): the ends of the batch's sequences, row after row,
         the first 0; else the dense mask of :func:`upit.examples.block_causal_mask`.
     """
-    lengths_BS = batch["lengths"]
-    if window or not (lengths_BS.is_cuda and dtype in HALF):
+    lengths_S = batch["lengths"]
+    if window or not (lengths_S.is_cuda and dtype in HALF):
         return block_causal_mask(batch, window=window)
-    ends_S = lengths_BS.flatten().cumsum(0, dtype=torch.int32)
+    ends_S = lengths_S.cumsum(0, dtype=torch.int32)
     return torch.cat([ends_S.new_zeros(1), ends_S]).view(1, 1, 1, -1)
 
 

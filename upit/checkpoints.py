@@ -6,6 +6,7 @@ A checkpoint is one file, or the folder that ``ModelParallelStrategy`` writes (a
 import json
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,13 +34,17 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: it was not written by one of upit's modules.
+        ValueError: it can't be read without running code, or was not written by one of upit's modules.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"ckpt_path={str(path)!r} does not exist")
     file = path / "meta.pt" if path.is_dir() else path
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=file == path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=file == path)
+    except (RuntimeError, UnpicklingError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{str(path)!r} is no checkpoint that loads without running code: {reason}") from None
     if IDENTITY not in content:
         raise ValueError(f"{str(path)!r} does not say which model it holds: no checkpoint of a upit module")
     return {**content[IDENTITY], "global_step": content.get("global_step"), "epoch": content.get("epoch")}

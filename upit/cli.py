@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -159,7 +160,7 @@ def _train(args: list[str] | None) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # checkpoints never run code
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning as L
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
 
@@ -177,16 +178,25 @@ def _train(args: list[str] | None) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
+            started_here = RUN_DIR not in os.environ and os.environ.get("RANK", "0") == "0"
             run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
             if self.subcommand == "fit":
                 run.mkdir(parents=True, exist_ok=True)
+                if started_here:
+                    keep_records(run)
             config.trainer.default_root_dir = str(run)
-            if config.trainer.logger in (None, True):
-                config.trainer.logger = [_logger(name, run) for name in ("TensorBoardLogger", "CSVLogger")]
-                if self.subcommand != "fit":
-                    config.trainer.logger = False
+
+        def after_instantiate_classes(self) -> None:
+            options = self.config_init[self.subcommand]
+            if options.get("ckpt_path") and Path(options.ckpt_path).exists():
+                # told before the model is built, so that it is built as the checkpoint says, sharded too
+                self.trainer.ckpt_path, options.ckpt_path = options.ckpt_path, None
 
         def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
+            fits = self.subcommand == "fit"
+            if config["logger"] in (None, True):  # not written into the run's config: a second run has its own
+                config["logger"] = _loggers(config["default_root_dir"]) if fits else False
+            self.save_config_callback = SaveConfigCallback if fits else None  # a test leaves the run's config alone
             chosen = [callback for callback in callbacks if callback is not None]
             if self.subcommand == "predict":
                 chosen.append(WriteAnswers())
@@ -223,11 +233,19 @@ def run_directory(wanted: Path, ckpt_path: str | None) -> Path:
     return run
 
 
-def _logger(name: str, run: Path):
-    from jsonargparse import Namespace
+def keep_records(run: Path) -> None:
+    """Put what a resumed run would overwrite beside: metrics.csv becomes metrics-1.csv, and so on."""
+    for name in ("metrics.csv", "config.yaml"):
+        file = run / name
+        if file.exists():
+            free = next(i for i in itertools.count(1) if not file.with_stem(f"{file.stem}-{i}").exists())
+            file.rename(file.with_stem(f"{file.stem}-{free}"))
 
-    args = Namespace(save_dir=str(run), name="", version="")
-    return Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=args)
+
+def _loggers(run: str) -> list:
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    return [logger(save_dir=run, name="", version="") for logger in (TensorBoardLogger, CSVLogger)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tokenised examples and the one batch format that every stage shares.
 
-Shapes: ``B`` rows, ``T`` tokens a row, ``S`` sequences a row. A batch is a dict of tensors, int64 and (B, T) but for
-the last two:
+Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, (B, T) but for the last two:
 
 - ``input_ids``: tokens; padding holds the tokenizer's pad id.
 - ``labels``: the token itself where it belongs to a response, else ``IGNORE``. Not shifted.
@@ -9,7 +8,7 @@ the last two:
 - ``example_ids``: index of the token's example in its dataset; ``PADDING`` where there is no token. It says
   which tokens may attend to each other, which tokens count for the balance of experts, and which example
   a token's loss belongs to, whether rows are packed or padded.
-- ``lengths``: int32 (B, S), tokens of each example of a row, then of its padding, then zeros up to a round S.
+- ``lengths``: (S,), tokens of each example of the first row, then of its padding, and so on; zeros up to a round S.
 - ``predictors``: (L,), where in the flattened batch a token predicts a response token.
 
 The last two follow from the others; they are worked out here, on the host, so that a training step need not wait for
@@ -20,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
 PADDING = -1
-ROUND_SEQUENCES = 16
+ROUND_SEQUENCES = 64
 
 Batch = dict[str, Tensor]
 
@@ -64,38 +64,40 @@ def collate(
     Returns: a batch, see the module's docstring.
     Raises: ValueError: a row is longer than ``length``.
     """
-    examples = [[(index, dataset[index]) for index in row] for row in rows]
-    widths = [sum(len(example["input_ids"]) for _, example in row) for row in examples]
+    widths = [sum(len(dataset[index]["input_ids"]) for index in row) for row in rows]
     length = max(widths) if length is None else length
     if max(widths) > length:
         raise ValueError(f"a row of {max(widths)} tokens does not fit length={length}")
-    shape = (len(rows), length)
-    batch = {
-        "input_ids": torch.full(shape, pad_id),
-        "labels": torch.full(shape, IGNORE),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "example_ids": torch.full(shape, PADDING),
+    ids: list[int] = []
+    labels: list[int] = []
+    owners: list[int] = []
+    lengths: list[int] = []
+    for row, width in zip(rows, widths, strict=True):
+        for index in row:
+            ids += dataset[index]["input_ids"]
+            labels += dataset[index]["labels"]
+            owners.append(index)
+            lengths.append(len(dataset[index]["input_ids"]))
+        ids += [pad_id] * (length - width)
+        labels += [IGNORE] * (length - width)
+        owners.append(PADDING)
+        lengths.append(length - width)
+    return _batch(*map(torch.tensor, (ids, labels, owners, lengths)), shape=(len(rows), length))
+
+
+def _batch(ids_N: Tensor, labels_N: Tensor, owners_S: Tensor, lengths_S: Tensor, *, shape: tuple[int, int]) -> Batch:
+    """A batch of N = B * T tokens in S sequences, padding among them."""
+    example_ids_N = owners_S.repeat_interleave(lengths_S)
+    starts_N = (lengths_S.cumsum(0) - lengths_S).repeat_interleave(lengths_S)
+    position_ids_N = (torch.arange(len(ids_N)) - starts_N) * (example_ids_N != PADDING)
+    return {
+        "input_ids": ids_N.view(shape),
+        "labels": labels_N.view(shape),
+        "position_ids": position_ids_N.view(shape),
+        "example_ids": example_ids_N.view(shape),
+        "lengths": F.pad(lengths_S, (0, -len(lengths_S) % ROUND_SEQUENCES)),
+        "predictors": (labels_N[1:] != IGNORE).nonzero().flatten(),
     }
-    for b, row in enumerate(examples):
-        start = 0
-        for index, example in row:
-            end = start + len(example["input_ids"])
-            batch["input_ids"][b, start:end] = torch.tensor(example["input_ids"])
-            batch["labels"][b, start:end] = torch.tensor(example["labels"])
-            batch["position_ids"][b, start:end] = torch.arange(end - start)
-            batch["example_ids"][b, start:end] = index
-            start = end
-    sequences = [[len(example["input_ids"]) for _, example in row] for row in examples]
-    batch["lengths"] = _padded_lengths(sequences, length)
-    batch["predictors"] = (batch["labels"].flatten()[1:] != IGNORE).nonzero().flatten()
-    return batch
-
-
-def _padded_lengths(sequences: list[list[int]], length: int) -> Tensor:
-    rows = [[*row, length - sum(row)] for row in sequences]
-    most = max(map(len, rows))
-    width = most + -most % ROUND_SEQUENCES
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
 
 
 def length_grouped(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int], *, max_tokens: int):

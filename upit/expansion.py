@@ -1,6 +1,6 @@
 """Expert expansion: any number of experts from M checkpoints (arXiv:2410.01610, Algorithm 2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upit.ahead import ahead
 from upit.distributed import on_rank_zero
 from upit.files import digest, seeded
 from upit.merging import Dare, Merge
@@ -124,11 +125,11 @@ def _child(
     ancestors = [base.sha256, *(parent.sha256 for parent in parents)]
     fingerprint = digest([ancestors, weights, merge.describe(), seed, number])
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in track(base.shapes, f"(merge {number + 1})"):
-            generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]
-            yield name, merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
+    def child(name: str) -> tuple[str, Tensor]:
+        generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]
+        return name, merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
 
+    tensors = ahead(child, track(base.shapes, f"(merge {number + 1})"))
     path = output / f"merged_{number:02d}.safetensors"
-    sha256 = on_rank_zero(lambda: write_once(path, tensors(), parents[0].specs, fingerprint))
+    sha256 = on_rank_zero(lambda: write_once(path, tensors, parents[0].specs, fingerprint))
     return Expert(path, sha256, parents[0].dtype, origin=birth)

@@ -109,8 +109,7 @@ def origin(entry: Mapping[str, Any]) -> str:
     kind = entry["kind"]
     if kind == "merged":
         j, k = entry["parents"]
-        merge = " ".join(str(value) for value in entry["merge"].values())
-        return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, {merge}"
+        return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, {_words(entry['merge'])}"
     place = f" in {entry['path']}" if "path" in entry else ""
     if kind == "harvested":
         return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f}){place}"
@@ -118,4 +117,10 @@ def origin(entry: Mapping[str, Any]) -> str:
         return "the model before instruction tuning"
     if kind == "checkpoint":
         return f"checkpoint{place}"
-    return " ".join(str(value) for value in entry["source"].values())
+    return _words(entry["source"])
+
+
+def _words(strategy: Mapping[str, Any]) -> str:
+    """A strategy's description in words: its name, and its arguments in brackets."""
+    arguments = ", ".join(f"{name} {value}" for name, value in strategy.items() if name != "name")
+    return f"{strategy['name']} ({arguments})" if arguments else strategy["name"]

@@ -17,7 +17,7 @@ from upit.strategy import Strategy
 
 def task_vector(tensor: Tensor, base: Tensor) -> Tensor:
     """What training added to the base (arXiv:2212.04089), in float32."""
-    return tensor.float() - base.float()
+    return tensor.to(torch.float32, copy=True).sub_(base)
 
 
 def drop_mask(shape: torch.Size, drop_rate: float, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from upit.families import is_expert
 from upit.pool import Expert, ExpertFileError, Rows
-from upit.sharding import local, local_slices
+from upit.sharding import local, local_slices, reshard
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles
 
@@ -31,6 +31,7 @@ class NonExperts(Strategy):
 
 @torch.no_grad()
 def _overwrite(dense: PreTrainedModel, value: Callable[[str, tuple[slice, ...]], Tensor]) -> None:
+    reshard(dense)
     for name, param in dense.named_parameters():
         if not is_expert(name):
             target = local(param)

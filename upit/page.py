@@ -29,9 +29,9 @@ a { color: #0b62ad; text-decoration: none; } a:hover { text-decoration: underlin
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .2rem; }
 img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid #d8dee4; padding: .25rem .6rem; text-align: right; }
+th, td { border: 1px solid #d8dee4; padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th { background: #f3f5f7; } td:first-child, th:first-child { text-align: left; }
-.settings td { text-align: left; max-width: 40ch; overflow-wrap: anywhere; }
+.settings td { text-align: left; max-width: 40ch; overflow-wrap: anywhere; white-space: normal; }
 summary { cursor: pointer; color: #0b62ad; } .missing { color: #6e7781; font-style: italic; }
 """
 

@@ -41,7 +41,9 @@ def _distance(run: Run) -> Figure | None:
 def _similarity(run: Run) -> Figure | None:
     if run.similarity is None or run.lineage is None:
         return None
-    return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage])
+    measures = [entry["chosen_by"][1]["name"] for entry in run.lineage if "chosen_by" in entry]
+    measure = measures[0] if measures else "of the parameters"
+    return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage], measure)
 
 
 def _lineage(run: Run) -> Figure | None:
@@ -97,14 +99,14 @@ PICTURES = {
     ),
     "experts/similarity": Picture(
         "Similarity of the experts",
-        "Cosine of the task vectors against the base model; the dendrogram (average linkage) puts like beside like. "
-        "Merged experts name their parents.",
+        "By the run's own measure (the default: cosine of the task vectors against the base model). The dendrogram "
+        "(average linkage) puts like beside like; merged experts name their parents.",
         _similarity,
     ),
     "experts/lineage": Picture(
         "Family tree",
-        "Where every expert comes from: a checkpoint, or two parents merged with weights alpha and beta and DARE's "
-        "drop rate p.",
+        "Where every expert comes from: a checkpoint, or two parents merged with weights alpha and beta; then "
+        "the merge and its settings, such as DARE's drop rate.",
         _lineage,
     ),
     "experts/seed_data": Picture(

@@ -24,8 +24,9 @@ class Rows:
         self._files = files
         self._name = name
 
-    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        return self._files.read(self._name, index[0])[(slice(None), *index[1:])]
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        return self._files.read(self._name, rows)[(slice(None), *others)]
 
 
 @dataclass
@@ -183,6 +184,12 @@ class Pool:
         entry |= {"base": manifest["base"]["sha256"], "metrics": dict(metrics)}
         others = [other for other in manifest["experts"] if other["step"] != step]
         manifest["experts"] = sorted([*others, entry], key=lambda other: other["step"])
+        write_json(self.manifest_file, manifest)
+
+    def forget_after(self, step: int) -> None:
+        """Leave out the experts of later steps: of a future that a resumed run may not have."""
+        manifest = self.manifest()
+        manifest["experts"] = [entry for entry in manifest["experts"] if entry["step"] <= step]
         write_json(self.manifest_file, manifest)
 
     def gather(self, base: Expert, experts: Sequence[Expert]) -> list[Expert]:

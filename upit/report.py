@@ -42,6 +42,7 @@ def print_report(
         if (run / part).exists():
             console.print(f"{part:12} {run / part}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {run}", soft_wrap=True)
+    console.print(f"HTML page:   upit report {run} --output {run / 'report.html'}", soft_wrap=True)
 
 
 def _cell(scores: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
-"""Tap the routers: which experts the tokens of held-out examples go to."""
+"""Which experts the tokens of held-out examples go to."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,23 +14,12 @@ from upit.forward import moe_routers, response_logits
 from upit.metrics import DomainRouting
 from upit.scoring import Autocast, to_device
 
-SHOWN_TOKENS = 80  # of an example in the token view; ours
+SHOWN_TOKENS, SHOWN_DOMAINS = 80, 6  # in the token view: of an example, of all; ours
 
 
-@contextmanager
-def expert_choices_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the routers' choices, one (tokens, top_k) tensor a layer, of the forward passes within."""
-    choices: list[Tensor] = []
-
-    def collect(_, __, output):
-        choices.append(output[2])
-
-    handles = [router.register_forward_hook(collect) for router in moe_routers(model)]
-    try:
-        yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
+def expert_choices(model: PreTrainedModel) -> list[Tensor]:
+    """The routers' choices in the last forward pass, one (tokens, top_k) tensor a layer."""
+    return [router.last_experts for router in moe_routers(model)]
 
 
 def domain_routing(model: PreTrainedModel, data) -> DomainRouting:
@@ -57,28 +46,30 @@ def count_heldout(
     groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
     for group, counts in track(own_share(groups)):
         batch = _batch(model, data, group)
-        with autocast(), expert_choices_of(model) as choices:
+        with autocast():
             response_logits(model, batch)
         if counts:
-            metric.update(choices, batch["example_ids"].flatten())
+            metric.update(expert_choices(model), batch["example_ids"].flatten())
 
 
 @torch.no_grad()
 def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext) -> dict[str, Any]:
-    """First choice of each token of one held-out example a domain, in the first, middle and last layer.
+    """First expert of each token in the first, middle and last layer, for one held-out example of the first domains.
 
     Every rank computes all of it. Returns: ``{"layers": [...], "examples": [{"domain", "tokens", "experts"}]}``, the
     experts one list a layer.
     """
     first = {row["domain"]: i for i, row in reversed(list(enumerate(data.heldout_set)))}
-    batch = _batch(model, data, [first[domain] for domain in data.domains])
-    with autocast(), expert_choices_of(model) as choices:
+    domains = data.domains[:SHOWN_DOMAINS]
+    batch = _batch(model, data, [first[domain] for domain in domains])
+    with autocast():
         response_logits(model, batch)
+    choices = expert_choices(model)
     layers = sorted({0, len(choices) // 2, len(choices) - 1})
     width = batch["input_ids"].shape[1]
     chosen = [choices[layer][:, 0].view(-1, width).tolist() for layer in layers]
     examples = []
-    for row, domain in enumerate(data.domains):
+    for row, domain in enumerate(domains):
         ids = data.heldout_set[first[domain]]["input_ids"][:SHOWN_TOKENS]
         examples.append(
             {

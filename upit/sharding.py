@@ -24,6 +24,14 @@ def shard(model: PreTrainedModel, mesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Shard again what a pass without a backward pass left whole: FSDP2 keeps the root's own parameters gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def local_slices(param: Tensor) -> tuple[slice, ...]:
     """Which part of the whole parameter this rank holds, one slice a dimension."""
     if not isinstance(param, DTensor):

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "package://"
 
@@ -40,6 +41,28 @@ def _package_file(source: str) -> Path:
     raise FileNotFoundError(f"{source!r}: package {name!r} holds no file {file!r}")
 
 
+def template_text(chat_template: str) -> str:
+    """Jinja text, given as it is or as a path to it.
+
+    Raises: FileNotFoundError: it is no Jinja and no file.
+    """
+    if "{" in chat_template:
+        return chat_template
+    if not Path(chat_template).is_file():
+        raise FileNotFoundError(f"data.chat_template={chat_template!r} is neither Jinja text nor a file")
+    return Path(chat_template).read_text()
+
+
+def content_key(source: str | None) -> Any:
+    """What a source stands for, in plain types: its name, and what lies there if it is a local file or folder."""
+    path = Path(source or "").expanduser()
+    if source is None or not path.exists():
+        return source
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
+    return [source, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+
 def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remote_code: bool = False):
     """Load a tokenizer; give it a pad token and a chat template if it lacks them.
 
@@ -57,9 +80,7 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        path = Path(chat_template)
-        is_file = len(chat_template) < 1024 and "{" not in chat_template
-        tokenizer.chat_template = path.read_text() if is_file else chat_template
+        tokenizer.chat_template = template_text(chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer of {source!r} has no chat template; set data.chat_template (Jinja or a file)")
     return tokenizer

@@ -18,7 +18,7 @@ def score_table(report: Mapping[str, Any]) -> Table:
     domains = list(next(iter(stages.values()))["domains"])
     rows = [[name, *[_score(scores["domains"][name]) for scores in stages.values()]] for name in domains]
     rows.append(["average", *[_score(scores["average"]) for scores in stages.values()]])
-    return ["domain (loss in nats, exact match)", *stages], rows
+    return ["loss (nats), exact match", *stages], rows
 
 
 def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from upit.families import FUSED, ROUTER, expert_name, family_of, is_expert, within_layer
 from upit.pool import Expert
-from upit.sharding import local, local_slices
+from upit.sharding import local, local_slices, reshard
 
 
 @torch.no_grad()
@@ -22,6 +22,7 @@ def upcycle(moe: PreTrainedModel, dense: PreTrainedModel, experts: Sequence[Expe
         router_DEH: routing vectors, (layers, experts, hidden).
     Raises: KeyError: a MoE parameter has no source.
     """
+    reshard(dense)
     others = {name: param for name, param in dense.named_parameters() if not is_expert(name)}
     shared_expert = family_of(dense.config).shared_expert(moe.config)
     for name, param in moe.named_parameters():

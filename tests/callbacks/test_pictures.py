@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +22,7 @@ from callbacks import (
     SeedDataPicture,
     SwapPicture,
 )
+from lightning_modules import MoEModule
 from tests.conftest import make_callbacks, make_module, make_trainer
 from upit.artefacts import Run
 from upit.pictures import PICTURES
@@ -66,6 +68,8 @@ def test_hparams_name_every_class_and_argument(events, pictured):
     found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert found["model.moe.num_experts"].number_value == 4
     assert found["model"].string_value == "UpITModule"
+    assert found["upcycling.merge"].string_value == "Dare", "a strategy left to its default"
+    assert found["upcycling.merge.drop_rate"].number_value == 0.2
     config = yaml.safe_load((pictured / "config.yaml").read_text())
     assert set(config["model"]["init_args"]["dense"]["init_args"]) <= {
         name.removeprefix("model.dense.") for name in found if name.startswith("model.dense.")
@@ -103,12 +107,39 @@ def watchers() -> list:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("watcher", watchers(), ids=lambda watcher: type(watcher).__name__)
+def test_nothing_is_done_in_a_training_step(watcher):
+    hooks = [name for name in dir(Callback) if "batch" in name and "train" in name] + ["on_after_backward"]
+    hooks += ["on_before_backward", "on_before_optimizer_step", "on_before_zero_grad"]
+    assert len(hooks) == 6
+    for hook in hooks:
+        assert getattr(type(watcher), hook) is getattr(Callback, hook)
+
+
 def test_watching_changes_no_bit(finished, make_data, tmp_path):
     module = make_module()
     trainer = make_trainer(tmp_path, [*watchers(), *make_callbacks()])
     trainer.fit(module, datamodule=make_data())
     for (name, ours), theirs in zip(module.state_dict().items(), finished[2].state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bf16-true"}, {"fast_dev_run": True}, {"limit_val_batches": 0}], ids=str
+)
+def test_watching_under_other_settings(make_data, tmp_path, settings):
+    module = make_module()
+    trainer = make_trainer(tmp_path, [*watchers(), *make_callbacks(report=False)], max_steps=7, **settings)
+    trainer.fit(module, datamodule=make_data())
+    assert module.phase == "moe"
+    assert Run(tmp_path).swap["step"] == Run(tmp_path).routing[0]["step"]
+
+
+def test_routing_of_a_moe_post_trained_alone(finished, make_data, tmp_path):
+    module = MoEModule(model=str(finished[0] / "export"))
+    trainer = make_trainer(tmp_path, [RoutingPicture()], max_steps=2, val_check_interval=1)
+    trainer.fit(module, datamodule=make_data())
+    assert [snapshot["step"] for snapshot in Run(tmp_path).routing] == [1, 2]
 
 
 def test_validate_counts_routing_but_leaves_the_run_alone(finished, make_data, tmp_path):

@@ -91,34 +91,31 @@ def fit(run: Path, cache: Path, *configs: Path) -> Path:
 
 
 # every strategy with a collective of its own
-OTHERS = {
-    "trainer": {
-        "callbacks": [
-            {"class_path": "callbacks.ExpertHarvest", "init_args": {"every_n_steps": 1, "min_distance": 0.008}},
-            {
-                "class_path": "callbacks.Upcycling",
-                "init_args": {
-                    "at_step": 4,
-                    "seed_fraction": 0.1,
-                    "source": {"class_path": "upit.expert_sources.Harvested", "init_args": {"base": True}},
-                    "similarity": {"class_path": "upit.similarity.Functional"},
-                    "non_experts": {"class_path": "upit.non_experts.Mean"},
-                    "router": {"class_path": "upit.router_init.Ridge"},
-                },
-            },
-            {"class_path": "callbacks.RunReport"},
-            {"class_path": "callbacks.CollapseGuard", "init_args": {"window": 2, "action": "raise_weight"}},
-        ]
-    },
-    "model": {"init_args": {"moe": {"init_args": {"num_experts": 6, "router_z_loss_weight": 0.01}}}},
+HARVEST = {"every_n_steps": 1, "min_distance": 0.008}
+UPCYCLING = {
+    "at_step": 4,
+    "seed_fraction": 0.1,
+    "source": {"class_path": "upit.expert_sources.Harvested", "init_args": {"base": True}},
+    "similarity": {"class_path": "upit.similarity.Functional"},
+    "non_experts": {"class_path": "upit.non_experts.Mean"},
+    "router": {"class_path": "upit.router_init.Ridge"},
 }
+GUARD = {"class_path": "callbacks.CollapseGuard", "init_args": {"window": 2, "action": "raise_weight"}}
+
+
+def others(config: dict) -> dict:
+    """The same run with other strategies."""
+    harvest, upcycling, *rest = config["trainer"]["callbacks"]
+    callbacks = [harvest | {"init_args": HARVEST}, upcycling | {"init_args": UPCYCLING}, *rest, GUARD]
+    moe = {"num_experts": 6, "router_z_loss_weight": 0.01}
+    return {"trainer": {"callbacks": callbacks}, "model": {"init_args": {"moe": {"init_args": moe}}}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{}, OTHERS], ids=["defaults", "others"])
+@pytest.mark.parametrize("change", [lambda _: {}, others], ids=["defaults", "others"])
 def test_two_processes_equal_one(tmp_path, cache, change):
     changes = tmp_path / "change.yaml"
-    changes.write_text(yaml.safe_dump(change))
+    changes.write_text(yaml.safe_dump(change(small_config(tmp_path / "one", cache))))
     one = fit(tmp_path / "one", cache, changes)
     two = fit(tmp_path / "two", cache, changes, ROOT / "configs/strategy/fsdp.yaml")
 

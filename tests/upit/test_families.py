@@ -8,7 +8,7 @@ from tests.upit.tiny import dense_config, dense_model, expert_of
 from upit import experts
 from upit.checkpoints import config_of, identity_of
 from upit.examples import collate
-from upit.families import FAMILIES, family_of, moe_config
+from upit.families import FAMILIES, FFN, check_top_k, expert_name, family_of, is_expert, moe_config
 from upit.forward import last_routing, moe_routers, record_routing, response_logits
 from upit.models import build
 from upit.upcycling import upcycle
@@ -104,3 +104,14 @@ def test_refuses_what_the_moe_cannot_express(family, fields, message):
 def test_refuses_other_architectures():
     with pytest.raises(ValueError, match=r"model_type='gpt2'.*'llama', 'mistral', 'olmo2', 'qwen2', 'qwen3'"):
         family_of(GPT2Config())
+
+
+def test_experts_are_exactly_the_ffn_weights():
+    names = {name for name, _ in dense_model("llama").named_parameters() if is_expert(name)}
+    assert names == {expert_name(layer, projection) for layer in range(2) for projection in FFN}
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 0), (4, 5), (1, 2), (0, 1)])
+def test_top_k_must_lie_between_one_and_the_experts(num_experts, top_k):
+    with pytest.raises(ValueError, match=f"top_k={top_k} must lie between 1 and num_experts={num_experts}"):
+        check_top_k(num_experts, top_k)

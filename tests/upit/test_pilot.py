@@ -8,6 +8,8 @@ from upit.models import build, scratch_config
 from upit.pilot import distances, score_checkpoints, specialist_gain
 from upit.pool import Pool
 
+NAME = "model.layers.0.mlp.down_proj.weight"
+
 
 def points(*losses: dict[str, float]) -> list[dict]:
     return [{"domains": {name: {"loss": loss} for name, loss in point.items()}} for point in losses]
@@ -25,9 +27,9 @@ def test_specialist_gain_is_what_an_oracle_wins():
 def pool(tmp_path) -> Pool:
     pool = Pool(tmp_path)
     base = torch.tensor([3.0, 4.0])
-    pool.set_base({"w": base})
-    pool.add({"w": base + torch.tensor([3.0, 0.0])}, step=1, epoch=0.5, metrics={})
-    pool.add({"w": base + torch.tensor([3.0, 4.0])}, step=2, epoch=1.0, metrics={})
+    pool.set_base({NAME: base})
+    pool.add({NAME: base + torch.tensor([3.0, 0.0])}, step=1, epoch=0.5, metrics={})
+    pool.add({NAME: base + torch.tensor([3.0, 4.0])}, step=2, epoch=1.0, metrics={})
     return pool
 
 

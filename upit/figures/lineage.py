@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
+from upit.export import origin
 from upit.figures.base import PALETTE, canvas
 
 Entry = Mapping[str, Any]
@@ -25,23 +26,6 @@ def short_name(entry: Entry) -> str:
     if parents:
         return f"{entry['expert']} ({'+'.join(map(str, parents))})"
     return f"{entry['expert']} (step {entry['step']})" if "step" in entry else f"{entry['expert']} ({entry['kind']})"
-
-
-def birth(entry: Entry) -> str:
-    """How an expert came to be, with alpha, beta and drop rate where it was merged."""
-    parents = entry.get("parents")
-    if not parents:
-        epoch = f", epoch {entry['epoch']:.2f}" if "epoch" in entry else ""
-        return f"{entry['kind']}, step {entry['step']}{epoch}" if "step" in entry else entry["kind"]
-    weights = [entry.get("alpha"), entry.get("beta")]
-    terms = [
-        f"{weight:.2f} × {parent}" if weight is not None else str(parent)
-        for weight, parent in zip(weights[: len(parents)], parents, strict=False)
-    ]
-    text = " + ".join(terms)
-    if "drop_rate" in entry:
-        text += f", DARE p = {entry['drop_rate']:g}"
-    return f"{text}, parents' cosine {entry['similarity']:.2f}" if entry.get("similarity") is not None else text
 
 
 def lineage_figure(lineage: Sequence[Entry]) -> Figure:
@@ -69,7 +53,7 @@ def lineage_figure(lineage: Sequence[Entry]) -> Figure:
         axes.plot(x, y, "o", markersize=11, color="white", markeredgecolor="0.2", zorder=3)
         axes.text(x, y, str(entry["expert"]), ha="center", va="center", fontsize=7, zorder=4)
         axes.annotate(
-            birth(entry), (1.0, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            _words(entry), (1.0, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8, annotation_clip=False,
         )  # fmt: skip
         axes.axhline(y, color="0.92", linewidth=0.8, zorder=0)
@@ -78,6 +62,11 @@ def lineage_figure(lineage: Sequence[Entry]) -> Figure:
     axes.set_xticks(range(max(depth) + 1))
     axes.set_yticks([])
     axes.set_xlabel("generation")
-    axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9)
+    axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
+
+
+def _words(entry: Entry) -> str:
+    alike = f", parents alike by {entry['similarity']:.2f}" if entry.get("parents") else ""
+    return origin(entry) + alike

@@ -27,7 +27,7 @@ def seed_figure(examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     figure = canvas(2 * columns + 5.0, extent(num_experts, each=0.27, least=2.0, most=15) + 1.6)
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[columns, 2.4, columns])
     excess_NC = np.exp(mean_NC - mean_NC.min(0))  # domains differ far more than experts do
-    unit = "over the domain's best expert"
+    unit = "over the domain's lowest"
     heatmap(left, excess_NC, rows=names, columns=domains, unit=unit, low=1.0, text=".2f", numbers=np.exp(mean_NC))
     left.set_title("perplexity (geometric mean)", fontsize=9)
     left.set_ylabel("expert")

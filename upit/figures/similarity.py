@@ -19,13 +19,16 @@ class Cluster(NamedTuple):
 
 
 def average_linkage(similarity: np.ndarray) -> Cluster:
-    """Agglomerative clustering by ``1 - similarity``, clusters as far apart as the mean over their pairs (UPGMA).
+    """Agglomerative clustering; clusters are as far apart as the mean over their pairs (UPGMA).
+
+    Two experts are as far apart as their similarity is below the highest one: 1 - cosine, or a distance.
 
     Args:
         similarity: (N, N), symmetric.
     Returns: the root.
     """
-    apart = 1.0 - np.asarray(similarity, dtype=np.float64)
+    values = np.asarray(similarity, dtype=np.float64)
+    apart = values.max() - values
     np.fill_diagonal(apart, np.inf)
     clusters = [Cluster([i], 0.0, ()) for i in range(len(apart))]
     for _ in range(len(clusters) - 1):
@@ -38,12 +41,13 @@ def average_linkage(similarity: np.ndarray) -> Cluster:
     return max(clusters, key=lambda cluster: len(cluster.leaves))
 
 
-def similarity_figure(similarity: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
-    """Cosine similarity of the experts' task vectors, like beside like.
+def similarity_figure(similarity: Sequence[Sequence[float]], names: Sequence[str], measure: str) -> Figure:
+    """Similarity of the experts, like beside like.
 
     Args:
         similarity: (N, N), of :mod:`upit.expansion`.
         names: N labels.
+        measure: what the similarity is.
     """
     values = np.asarray(similarity)
     root = average_linkage(values)
@@ -53,11 +57,11 @@ def similarity_figure(similarity: Sequence[Sequence[float]], names: Sequence[str
     figure = canvas(side + 2.2, side + 2.0)
     top, middle = figure.subplots(2, 1, height_ratios=[1.0, side], sharex=True)
     _draw(top, root, {leaf: float(x) for x, leaf in enumerate(root.leaves)})
-    top.set_ylabel("1 - cosine", fontsize=8)
+    top.set_ylabel("dissimilarity", fontsize=8)
     top.tick_params(axis="x", bottom=False, labelbottom=False)
     top.tick_params(axis="y", labelsize=7)
     top.spines[["top", "right", "bottom"]].set_visible(False)
-    heatmap(middle, ordered, rows=labels, columns=labels, unit="cosine similarity of task vectors", text=".2f")
+    heatmap(middle, ordered, rows=labels, columns=labels, unit=f"similarity ({measure})", text=".2f")
     middle.tick_params(axis="x", rotation=90)
     return figure
 

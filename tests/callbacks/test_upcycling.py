@@ -1,0 +1,123 @@
+"""The swap: what is refused before training, on which boundary it happens, and whom it tells."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import ExpertHarvest, Upcycling
+from lightning_modules import DenseModule
+from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.router_init import RoutingVectors
+from upit.seed_data import LowestPerplexity
+from upit.selection import Last
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "one of at_epoch and at_step"),
+        ({"at_epoch": 1.0, "at_step": 3}, "one of at_epoch and at_step"),
+        ({"at_step": 3, "seed_fraction": 0.0}, "seed_fraction=0.0"),
+        ({"at_step": 3, "seed_fraction": 1.5}, "seed_fraction=1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Upcycling(**settings)
+
+
+def fit(run, data, callbacks, *, module=None, **kwargs):
+    settings = {"logger": False, "enable_checkpointing": False, **kwargs}
+    trainer = make_trainer(run, callbacks, **settings)
+    trainer.fit(module or make_module(), datamodule=data)
+    return trainer
+
+
+def test_experts_must_be_harvested(make_data, tmp_path):
+    with pytest.raises(ValueError, match=r"callbacks\.ExpertHarvest"):
+        fit(tmp_path, make_data(), [Upcycling(at_step=4)])
+
+
+def test_a_module_that_cannot_upcycle_is_refused(make_data, tmp_path):
+    with pytest.raises(TypeError, match=r"needs a module that passes from dense to MoE.*DenseModule"):
+        fit(tmp_path, make_data(), [Upcycling(at_step=4), ExpertHarvest()], module=DenseModule(config=TINY))
+
+
+class Watch(Callback):
+    """The phase at each batch and validation, and the hooks called."""
+
+    def __init__(self):
+        self.batches, self.validations, self.hooks = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append((trainer.global_step, pl_module.phase))
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations.append(pl_module.phase)
+
+    def on_upcycling_start(self, trainer, module, upcycling):
+        self.hooks.append(("start", module.phase, trainer.global_step))
+
+    def on_upcycling_end(self, trainer, module, upcycling):
+        self.hooks.append(("end", module.phase, trainer.global_step))
+        assert module.training
+        assert all(part.training for part in module.lm.modules())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_swap_is_between_two_optimizer_steps(make_data, tmp_path, accumulate):
+    watch = Watch()
+    callbacks = [*make_callbacks({"every_n_steps": 1}, {"at_step": 2, "seed_fraction": 0.1}, report=False), watch]
+    fit(tmp_path, make_data(), callbacks, max_steps=4, accumulate_grad_batches=accumulate)
+    assert watch.hooks == [("start", "dense", 2), ("end", "moe", 2)]
+    assert [phase for _, phase in watch.batches] == ["dense"] * 2 * accumulate + ["moe"] * 2 * accumulate
+
+
+def test_a_fraction_of_an_epoch_and_its_validation(make_data, tmp_path):
+    """The swap comes before the first batch after its point, so an epoch's validation sees the dense model."""
+    watch = Watch()
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_epoch": 1.0, "at_step": None}, report=False), watch]
+    fit(tmp_path, make_data(), callbacks, max_epochs=2, max_steps=-1, limit_train_batches=4)
+    assert watch.hooks[0] == ("start", "dense", 4)
+    assert watch.validations == ["dense", "moe"]
+
+
+def test_the_new_parameters_are_those_that_the_optimizer_moves(make_data, tmp_path):
+    callbacks = make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False)
+    trainer = fit(tmp_path, make_data(), callbacks, max_steps=6)
+    ours = {id(param) for param in trainer.lightning_module.parameters()}
+    theirs = {id(param) for group in trainer.optimizers[0].param_groups for param in group["params"]}
+    assert ours == theirs
+    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {2}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_a_damaged_expert_stops_the_swap_and_is_named(make_data, tmp_path, damage):
+    class Damage(Callback):
+        def on_upcycling_start(self, trainer, module, upcycling):
+            upcycling.harvest.drain()
+            file = tmp_path / "experts/step_0000002.safetensors"
+            content = file.read_bytes()
+            file.unlink()
+            if damage == "truncated":
+                file.write_bytes(content[:-10])
+            elif damage == "changed":
+                file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False), Damage()]
+    with pytest.raises(ValueError, match=r"step_0000002\.safetensors"):
+        fit(tmp_path, make_data(), callbacks, max_steps=6)
+
+
+def test_any_expert_rate_and_router_gives_a_moe_that_trains(make_data, tmp_path):
+    choices = (
+        {"router": RoutingVectors(epochs=1, expert_lr=1e-3)},
+        {"assignment": LowestPerplexity(capacity_factor=None)},
+        {"selection": Last()},
+    )
+    for number, settings in enumerate(choices):
+        run = tmp_path / str(number)
+        callbacks = make_callbacks({"every_n_steps": 1}, {"at_step": 5, **settings}, report=False)
+        trainer = fit(run, make_data(), callbacks, max_steps=7)
+        assert trainer.lightning_module.phase == "moe"
+        assert all(torch.isfinite(param).all() for param in trainer.lightning_module.parameters())

@@ -1,0 +1,360 @@
+"""Instruction data from files: formats, columns, what is cut, held out, cached, and what is refused."""
+
+import json
+import shutil
+import warnings
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from tests.datamodules.conftest import ready, turns, write_jsonl
+from upit.examples import IGNORE
+
+ROWS = [{"messages": turns(f"What is {i} + {i}?", f"{2 * i}")} for i in range(20)]
+PAIRS = [{"question": f"What is {i} + {i}?", "reply": f"{2 * i}", "topic": ("sums", "more")[i % 2]} for i in range(20)]
+
+
+def texts(module) -> list[str]:
+    return sorted(module.tokenizer.decode(row["input_ids"]) for row in module.train_set + module.heldout_set)
+
+
+def rendered(module, rows) -> list[str]:
+    return sorted(module.tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows)
+
+
+def as_jsonl(folder):
+    return write_jsonl(folder / "sums.jsonl", ROWS)
+
+
+def as_json(folder):
+    (folder / "sums.json").write_text(json.dumps(ROWS, indent=1))
+    return str(folder / "sums.json")
+
+
+def as_parquet(folder):
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "sums.parquet")
+    return str(folder / "sums.parquet")
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_json, as_parquet])
+def test_every_format_gives_the_same_examples(make_instruction, tmp_path, write):
+    module = ready(make_instruction(train_files=[write(tmp_path)]))
+    assert texts(module) == rendered(module, ROWS)
+    assert {row["domain"] for row in module.train_set} == {"sums"}
+    assert len({row["id"] for row in module.train_set + module.heldout_set}) == 20
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_of_jsonl_ends_at_a_newline_alone(make_instruction, tmp_path, separator):
+    """JSON allows these in a string; Python's splitlines ends a line there."""
+    rows = [{"messages": turns(f"What is{separator}{i}?", f"{i}")} for i in range(5)]
+    module = ready(make_instruction(train_files=[write_jsonl(tmp_path / "rows.jsonl", rows)]))
+    assert texts(module) == rendered(module, rows)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_a_dataset_folder(make_instruction, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    folder = tmp_path / "my_dataset"
+    folder.mkdir()
+    if kind == "parquet":
+        Dataset.from_list(ROWS).to_parquet(folder / "train.parquet")
+    else:
+        write_jsonl(folder / "train.jsonl", ROWS)
+    module = ready(make_instruction(dataset=str(folder)))
+    assert texts(module) == rendered(module, ROWS)
+    assert {row["domain"] for row in module.train_set} == {"my_dataset"}
+
+
+def test_prompt_and_response_columns_with_a_domain_column(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    module = ready(
+        make_instruction(train_files=[file], prompt_column="question", response_column="reply", domain_column="topic")
+    )
+    rows = [{"messages": turns(pair["question"], pair["reply"])} for pair in PAIRS]
+    assert texts(module) == rendered(module, rows)
+    assert module.domains == ["more", "sums"]
+    for row in module.train_set:
+        number = int(row["id"].rsplit(":", 1)[1]) - 1
+        assert row["domain"] == PAIRS[number]["topic"]
+        assert row["answer"] == PAIRS[number]["reply"]
+
+
+def test_one_domain_a_file_and_held_out_of_each(make_instruction, tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", ROWS) for name in ("one", "two")]
+    module = ready(make_instruction(train_files=files, heldout_fraction=0.2))
+    assert sorted(row["domain"] for row in module.heldout_set) == ["one"] * 4 + ["two"] * 4
+
+
+def test_held_out_and_training_examples_are_disjoint(make_instruction, tmp_path):
+    module = ready(make_instruction(train_files=[as_jsonl(tmp_path)], heldout_fraction=0.3))
+    train, heldout = ({row["id"] for row in rows} for rows in (module.train_set, module.heldout_set))
+    assert not train & heldout
+    assert (len(train), len(heldout)) == (14, 6)
+    other = ready(make_instruction(train_files=[as_jsonl(tmp_path)], heldout_fraction=0.3, seed=1))
+    assert {row["id"] for row in other.heldout_set} != heldout
+
+
+def test_held_out_files_are_used_whole(make_instruction, tmp_path):
+    train, heldout = write_jsonl(tmp_path / "a.jsonl", ROWS[:15]), write_jsonl(tmp_path / "b.jsonl", ROWS[15:])
+    module = ready(make_instruction(train_files=[train], heldout_files=[heldout]))
+    assert (len(module.train_set), len(module.heldout_set)) == (15, 5)
+
+
+def test_another_chat_template_as_text_or_file(make_instruction, tmp_path):
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    (tmp_path / "t.jinja").write_text(template)
+    for given in (template, str(tmp_path / "t.jinja")):
+        module = ready(make_instruction(train_files=[as_jsonl(tmp_path)], chat_template=given))
+        assert texts(module)[0].startswith("user: What is")
+
+
+# --- length -------------------------------------------------------------------------------------------
+
+
+def test_cut_and_dropped_examples_are_counted_and_reported(make_instruction, tmp_path):
+    long_answer = {"messages": turns("Hi", "so " * 100)}
+    long_prompt = {"messages": turns("why " * 80, "42")}
+    rows = [*ROWS[:10], long_answer, long_prompt, long_prompt]
+    heldout = write_jsonl(tmp_path / "heldout.jsonl", ROWS[10:])
+    module = make_instruction(train_files=[write_jsonl(tmp_path / "a.jsonl", rows)], heldout_files=[heldout])
+    module.prepare_data()
+    with pytest.warns(
+        UserWarning, match=r"train: 3 of 13 examples are longer than max_length=96: cut; 2 have no response"
+    ):
+        module.setup("fit")
+    assert module.stats["train"]["cut"] == 3
+    assert module.stats["train"]["dropped"] == 2
+    assert len(module.train_set) == module.stats["train"]["examples"] == 11
+    assert max(len(row["input_ids"]) for row in module.train_set) == 96
+    assert all(any(label != IGNORE for label in row["labels"]) for row in module.train_set)
+
+
+def test_examples_that_never_had_a_response_are_reported_too(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"messages": turns("Hi")}])
+    module = make_instruction(train_files=[file], heldout_files=[as_jsonl(tmp_path)])
+    module.prepare_data()
+    with pytest.warns(UserWarning, match=r"train: 0 of 21 examples .* 1 have no response \(left\): dropped"):
+        module.setup("fit")
+
+
+def test_nothing_is_reported_where_nothing_is_cut(make_instruction, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(make_instruction(train_files=[as_jsonl(tmp_path)]))
+
+
+def test_no_response_left_is_an_error_with_the_remedy(make_instruction, tmp_path):
+    module = make_instruction(train_files=[as_jsonl(tmp_path)], max_length=8)
+    with pytest.raises(ValueError, match=r"none of the 19 train examples has a response.*data.max_length=8.*raise it"):
+        module.prepare_data()
+    assert not (module.folder / "stats.json").exists()
+
+
+# --- the cache ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenisings(monkeypatch):
+    """Names of what was tokenised."""
+    import datamodules.base
+
+    seen = []
+    original = datamodules.base.encode
+    monkeypatch.setattr(datamodules.base, "encode", lambda *a, **k: seen.append(1) or original(*a, **k))
+    return seen
+
+
+def test_tokenised_once(make_instruction, tmp_path, tokenisings):
+    file = as_jsonl(tmp_path)
+    first = ready(make_instruction(train_files=[file]))
+    assert len(tokenisings) == 20
+    again = ready(make_instruction(train_files=[file], batch_size=4, packing=False))
+    assert len(tokenisings) == 20
+    assert again.train_set == first.train_set
+    assert again.tokenizer.chat_template == first.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("change", ["content", "max_length", "seed", "template", "heldout"])
+def test_another_fingerprint_is_tokenised_anew(make_instruction, tmp_path, tokenisings, change):
+    file = as_jsonl(tmp_path)
+    ready(make_instruction(train_files=[file]))
+    tokenisings.clear()
+    kwargs = {
+        "content": {},
+        "max_length": {"max_length": 95},
+        "seed": {"seed": 1},
+        "template": {"chat_template": "{% for m in messages %}{{ m['content'] }}!{% endfor %}"},
+        "heldout": {"heldout_fraction": 0.5},
+    }[change]
+    if change == "content":
+        write_jsonl(tmp_path / "sums.jsonl", ROWS[1:])
+    module = ready(make_instruction(train_files=[file], **kwargs))
+    assert len(tokenisings) == (19 if change == "content" else 20)
+    assert len(module.train_set) + len(module.heldout_set) == len(tokenisings)
+
+
+def test_another_tokenizer_or_dataset_of_the_same_name_is_tokenised_anew(
+    make_instruction, tmp_path, tokenizer_dir, tokenisings, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    folder = tmp_path / "my_dataset"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS)
+
+    def module():
+        made = make_instruction(dataset=str(folder))
+        made.tokenizer_source = str(tmp_path / "tokenizer")
+        return ready(made)
+
+    module()
+    module()
+    assert len(tokenisings) == 20
+    write_jsonl(folder / "train.jsonl", ROWS[:15])
+    assert len(module().train_set) == 14
+    assert len(tokenisings) == 35
+    (tmp_path / "tokenizer/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}!{% endfor %}")
+    assert texts(module())[0].endswith("!")
+    assert len(tokenisings) == 50
+
+
+def test_a_changed_template_file_is_tokenised_anew(make_instruction, tmp_path, tokenisings):
+    file, template = as_jsonl(tmp_path), tmp_path / "t.jinja"
+    for mark in "?!":
+        template.write_text("{% for m in messages %}{{ m['content'] }}" + mark + "{% endfor %}")
+        module = ready(make_instruction(train_files=[file], chat_template=str(template)))
+        assert texts(module)[0].endswith(mark)
+
+
+def test_a_crash_while_tokenising_leaves_no_half_cache(make_instruction, tmp_path, monkeypatch):
+    import datamodules.base
+
+    file = as_jsonl(tmp_path)
+    calls = []
+    original = datamodules.base.encode
+
+    def crash(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datamodules.base, "encode", crash)
+        with pytest.raises(KeyboardInterrupt):
+            make_instruction(train_files=[file]).prepare_data()
+    module = ready(make_instruction(train_files=[file]))
+    assert texts(module) == rendered(module, ROWS)
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+def test_a_broken_line_is_named_by_file_and_number(make_instruction, tmp_path):
+    file = tmp_path / "sums.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n\n" + '{"messages": [}\n' + json.dumps(ROWS[1]) + "\n")
+    with pytest.raises(ValueError, match=r"sums\.jsonl:3: broken JSON line"):
+        make_instruction(train_files=[str(file)]).prepare_data()
+    broken = tmp_path / "sums.json"
+    broken.write_text('[\n{"messages": 1},\n{oops}\n]')
+    with pytest.raises(ValueError, match=r"sums\.json:3: broken JSON"):
+        make_instruction(train_files=[str(broken)]).prepare_data()
+
+
+def test_missing_empty_and_unknown_files_are_named(make_instruction, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data.train_files: .*nowhere\.jsonl does not exist"):
+        make_instruction(train_files=[str(tmp_path / "nowhere.jsonl")]).prepare_data()
+    with pytest.raises(FileNotFoundError, match=r"data.heldout_files: .*nowhere\.jsonl does not exist"):
+        make_instruction(
+            train_files=[as_jsonl(tmp_path)], heldout_files=[str(tmp_path / "nowhere.jsonl")]
+        ).prepare_data()
+    with pytest.raises(
+        FileNotFoundError, match=r"data.chat_template='nowhere.jinja' is neither Jinja text nor a file"
+    ):
+        make_instruction(train_files=[as_jsonl(tmp_path)], chat_template="nowhere.jinja")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
+        make_instruction(train_files=[str(tmp_path / "empty.jsonl")]).prepare_data()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"blank\.jsonl holds no examples"):
+        make_instruction(train_files=[str(tmp_path / "blank.jsonl")]).prepare_data()
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"table\.csv is none of .jsonl, .json, .parquet"):
+        make_instruction(train_files=[str(tmp_path / "table.csv")]).prepare_data()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        "Hi",
+        {"role": "user", "content": "Hi"},
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        ["Hi"],
+    ],
+)
+def test_messages_of_another_shape_are_named(make_instruction, tmp_path, messages):
+    file = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {"messages": messages}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl: example 2: messages must be a list of \{role, content\}"):
+        make_instruction(train_files=[file]).prepare_data()
+
+
+def test_prompts_and_responses_that_are_no_text_are_named(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"q": "2 + 2?", "a": 4}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl: example 1: .*'content': 4"):
+        make_instruction(train_files=[file], prompt_column="q", response_column="a").prepare_data()
+
+
+@pytest.mark.parametrize("content", ['{"train": []}', '["Hi"]', "[[1]]"])
+def test_examples_that_are_no_objects_are_named(make_instruction, tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rows\.json: example 1 is no object of columns"):
+        make_instruction(train_files=[str(tmp_path / "rows.json")]).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "column"),
+    [
+        ({}, "messages"),
+        ({"prompt_column": "question", "response_column": "answer"}, "answer"),
+        ({"prompt_column": "question", "response_column": "reply", "domain_column": "subject"}, "subject"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_those_that_are(make_instruction, tmp_path, kwargs, column):
+    file = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl has no column '{column}'.*'question', 'reply', 'topic'"):
+        make_instruction(train_files=[file], **kwargs).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "one of data.train_files and data.dataset"),
+        ({"train_files": ["a.jsonl"], "dataset": "b"}, "one of data.train_files and data.dataset"),
+        ({"train_files": ["a.jsonl"], "prompt_column": "p"}, "go together"),
+        ({"train_files": ["a.jsonl"], "heldout_fraction": 1.0}, "heldout_fraction=1.0"),
+        ({"train_files": ["a.jsonl"], "max_length": 0}, "max_length=0"),
+        ({"train_files": ["a.jsonl"], "batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make_instruction, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_instruction(**kwargs)
+
+
+def test_nothing_left_to_train_on_is_refused(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS[:1])
+    with pytest.raises(ValueError, match="would be held out"):
+        make_instruction(train_files=[file]).prepare_data()
+
+
+def test_the_default_verifier_ignores_white_space_alone(make_instruction):
+    module = make_instruction(train_files=["a.jsonl"])
+    assert module.verify({"answer": "4 2"}, "  4  2\n")
+    assert not module.verify({"answer": "4 2"}, "42")

@@ -1,0 +1,130 @@
+"""What the modules refuse, and which checkpoints they take."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_modules import DenseModule, MoEModule, UpITModule
+from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.router_init import Random
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"model": "a", "config": TINY}])
+def test_a_dense_module_starts_from_one_thing(kwargs):
+    with pytest.raises(ValueError, match="give one of model and config"):
+        DenseModule(**kwargs)
+
+
+def test_an_upcycled_moe_is_not_loaded_too():
+    with pytest.raises(ValueError, match=r"moe\.model='some/moe'.*leave it out"):
+        UpITModule(DenseModule(config=TINY), MoEModule(model="some/moe"))
+
+
+def test_a_moe_alone_needs_a_model(make_data, tmp_path):
+    with pytest.raises(ValueError, match="MoEModule has model=None"):
+        make_trainer(tmp_path, [], logger=False).fit(MoEModule(), datamodule=make_data())
+
+
+def fit(module, data, run):
+    make_trainer(run, [], logger=False, max_steps=1).fit(module, datamodule=data)
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(make_data, tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=320)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"model_type='gpt2'.*supported.*'llama'"):
+        fit(DenseModule(model=str(tmp_path / "gpt2")), make_data(), tmp_path)
+
+
+def test_a_dense_model_is_no_moe_and_the_other_way_round(finished, make_data, tmp_path):
+    run, _, _ = finished
+    from upit.export import export_checkpoint
+
+    dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"is a 'llama', no MoE; supported: .*'mixtral'"):
+        fit(MoEModule(model=str(dense)), make_data(), tmp_path)
+    with pytest.raises(ValueError, match="model_type='mixtral'"):
+        fit(DenseModule(model=str(run / "export")), make_data(), tmp_path)
+
+
+def test_mixed_tokenizers_are_refused(finished, make_data, tmp_path):
+    run, _, _ = finished
+    from upit.export import export_checkpoint
+
+    dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"the tokenizer has 400 tokens but .* embeds 320.*data\.tokenizer"):
+        fit(DenseModule(model=str(dense)), make_data(vocab_size=400), tmp_path)
+
+
+def test_weights_that_need_unpickling_are_refused(make_data, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**TINY, vocab_size=320))
+    model.config.save_pretrained(tmp_path / "old")
+    torch.save(model.state_dict(), tmp_path / "old/pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        fit(DenseModule(model=str(tmp_path / "old")), make_data(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("step", "make", "message"),
+    [
+        (4, lambda run: MoEModule(model=str(run / "export")), "holds a dense model but MoEModule is moe"),
+        (9, lambda _: DenseModule(config=TINY), "holds a moe model but DenseModule is dense"),
+        (9, lambda _: make_module(num_experts=8), "the checkpoint has 4 experts but num_experts=8"),
+        (9, lambda _: make_module(top_k=1), "the checkpoint routes to 2 experts but top_k=1"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(finished, make_data, tmp_path, step, make, message):
+    run, _, _ = finished
+    trainer = make_trainer(tmp_path, [], logger=False)
+    with pytest.raises(ValueError, match=message):
+        trainer.validate(
+            make(run), datamodule=make_data(), ckpt_path=run / f"checkpoints/step={step}.ckpt", verbose=False
+        )
+
+
+def test_a_checkpoint_of_someone_else_is_refused(make_data, tmp_path):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "foreign.ckpt")
+    trainer = make_trainer(tmp_path, [], logger=False)
+    with pytest.raises(ValueError, match="no checkpoint of a upit module"):
+        trainer.fit(make_module(), datamodule=make_data(), ckpt_path=tmp_path / "foreign.ckpt")
+
+
+def test_a_resumed_dense_phase_obeys_the_swap_of_its_config(finished, make_data, tmp_path):
+    """Not the one it was saved with, silently."""
+    run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    module = make_module()
+    callbacks = make_callbacks(upcycling={"at_step": 8, "seed_fraction": 0.1, "router": Random()}, report=False)
+    trainer = make_trainer(tmp_path / "run", callbacks)
+    trainer.fit(module, datamodule=make_data(), ckpt_path=tmp_path / "run/checkpoints/step=4.ckpt", weights_only=True)
+    assert module.phase == "moe"
+    assert module.swap_step == 8
+
+
+@pytest.mark.parametrize(("step", "phase"), [(4, "dense"), (9, "moe")])
+def test_load_from_checkpoint_needs_no_trainer(finished, step, phase):
+    run, _, _ = finished
+    fresh = make_module()
+    module = UpITModule.load_from_checkpoint(
+        run / f"checkpoints/step={step}.ckpt", dense=fresh.dense, moe=fresh.moe, weights_only=True
+    )
+    assert module.phase == phase
+    saved = torch.load(run / f"checkpoints/step={step}.ckpt", weights_only=True)["state_dict"]
+    assert module.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_a_resumed_model_is_set_up_as_a_fresh_one(finished, make_data, tmp_path, step):
+    run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    module = make_module(gradient_checkpointing=True)
+    module.dense.gradient_checkpointing = True
+    trainer = make_trainer(tmp_path / "run", make_callbacks(report=False))
+    checkpoint = tmp_path / f"run/checkpoints/step={step}.ckpt"
+    trainer.fit(module, datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert module.phase == "moe"
+    assert module.lm.is_gradient_checkpointing

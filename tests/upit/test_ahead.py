@@ -1,0 +1,37 @@
+"""Working ahead: everything once, in order, bounded, and errors come through."""
+
+import threading
+
+import pytest
+
+from upit.ahead import ahead
+
+
+def test_results_come_in_order_from_other_threads():
+    threads = set()
+
+    def double(x):
+        threads.add(threading.get_ident())
+        return 2 * x
+
+    assert list(ahead(double, range(20))) == [2 * x for x in range(20)]
+    assert threading.get_ident() not in threads
+
+
+def test_never_more_than_a_few_are_taken_ahead():
+    taken = []
+
+    def items():
+        for i in range(10):
+            taken.append(i)
+            yield i
+
+    results = ahead(lambda x: x, items(), workers=2)
+    for i, result in enumerate(results):
+        assert result == i
+        assert len(taken) <= i + 3
+
+
+def test_an_error_comes_through():
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda x: 1 // x, [1, 0, 2]))

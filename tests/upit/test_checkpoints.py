@@ -1,0 +1,72 @@
+"""Training checkpoints are read without running code, and say what they hold."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from upit.checkpoints import config_of, identity_of, read_identity, read_weights
+from upit.families import moe_config
+from upit.models import build
+
+
+def write(path, model, *, prefix, phase="dense"):
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    identity = identity_of(model, phase=phase, swap_step=7)
+    torch.save({"state_dict": state, "upit": identity, "global_step": 5, "epoch": 1}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["model.", "dense.model.", "moe.model."])
+def test_weights_come_back_under_transformers_names(dense, tmp_path, prefix):
+    weights = read_weights(write(tmp_path / "a.ckpt", dense, prefix=prefix))
+    assert set(weights) == set(dense.state_dict())
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(weights[name], tensor)
+
+
+def test_the_identity_rebuilds_the_model(dense, tmp_path):
+    moe = build(moe_config(dense.config, num_experts=4, top_k=3)).eval()
+    path = write(tmp_path / "a.ckpt", moe, prefix="moe.model.", phase="moe")
+    identity = read_identity(path)
+    assert (identity["phase"], identity["num_experts"], identity["top_k"]) == ("moe", 4, 3)
+    assert (identity["swap_step"], identity["global_step"], identity["epoch"]) == (7, 5, 1)
+    rebuilt = build(config_of(identity)).eval()
+    rebuilt.load_state_dict(read_weights(path))
+    ids = torch.randint(3, 64, (1, 9))
+    assert torch.equal(rebuilt(ids).logits, moe(ids).logits)
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(dense, tmp_path):
+    mark = tmp_path / "code-ran"
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {"model.a": torch.zeros(1)}, "upit": {}, "evil": Evil(mark)}, path)
+    for read in (read_identity, read_weights):
+        with pytest.raises((pickle.UnpicklingError, ValueError)):
+            read(path)
+    assert not mark.exists()
+
+
+def test_what_is_no_checkpoint_of_upit_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.ckpt"):
+        read_identity(tmp_path / "nowhere.ckpt")
+    torch.save({"state_dict": {"other": torch.zeros(1)}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of a upit module"):
+        read_identity(tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="holds no model weights"):
+        read_weights(tmp_path / "foreign.ckpt")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text.ckpt"):
+        read_identity(tmp_path / "text.ckpt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder"):
+        read_identity(tmp_path / "folder")

@@ -1,0 +1,172 @@
+"""The pool on disk: what is stored comes back, every defect names its file, a crash leaves no half file."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.upit.conftest import expert_tensors, shift
+from upit.pool import Expert, ExpertFileError, Pool, file_sha256, write_expert
+
+
+@pytest.fixture
+def pool(dense, make_pool):
+    return make_pool(dense, 3)
+
+
+def test_comes_back_as_stored(pool, dense):
+    found = Pool.load(pool.directory)
+    found.verify()
+    assert [expert.step for expert in found.experts] == [10, 20, 30]
+    assert found.experts[0].epoch == 0.25
+    assert found.experts[0].metrics == {"val/loss": 1.0}
+    base = expert_tensors(dense)
+    for i, expert in enumerate(found.experts):
+        stored = shift(base, 0.1, seed=i)
+        assert expert.shapes == {name: tuple(t.shape) for name, t in stored.items()}
+        for name, tensor in stored.items():
+            assert torch.equal(expert.read(name), tensor)
+            assert torch.equal(expert.get_slice(name)[2:5,], tensor[2:5])
+
+
+def test_the_manifest_says_what_others_read(pool):
+    manifest = json.loads((pool.directory / "manifest.json").read_text())
+    assert manifest["base"]["sha256"] == file_sha256(pool.directory / "base.safetensors")
+    for entry in manifest["experts"]:
+        assert set(entry) == {"file", "step", "epoch", "sha256", "dtype", "base", "metrics"}
+        assert entry["sha256"] == file_sha256(pool.directory / entry["file"])
+        assert entry["base"] == manifest["base"]["sha256"]
+        assert entry["dtype"] == "float32"
+
+
+def test_files_are_plain_safetensors(pool, dense):
+    loaded = load_file(pool.experts[0].file)
+    assert set(loaded) == set(expert_tensors(dense))
+
+
+def test_the_same_step_again_replaces_it(pool, dense):
+    again = shift(expert_tensors(dense), 0.5, seed=99)
+    pool.add(again, step=20, epoch=0.5, metrics={})
+    assert [expert.step for expert in pool.experts] == [10, 20, 30]
+    name = next(iter(again))
+    assert torch.equal(pool.experts[1].read(name), again[name])
+    pool.verify()
+
+
+def test_experts_of_later_steps_can_be_forgotten(pool):
+    pool.forget_after(20)
+    assert [expert.step for expert in Pool.load(pool.directory).experts] == [10, 20]
+    pool.verify()
+
+
+def test_a_new_base_forgets_older_experts(pool, dense):
+    pool.set_base(expert_tensors(dense))
+    assert pool.experts == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_round_trips(tmp_path, dtype):
+    tensors = {"a": torch.randn(3, 4).to(dtype), "b": torch.randn(5).to(dtype)[::2]}
+    specs = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    sha256 = write_expert(tmp_path / "e.safetensors", tensors.items(), specs)
+    expert = Expert(tmp_path / "e.safetensors", sha256, str(dtype).removeprefix("torch."))
+    expert.check()
+    for name, tensor in tensors.items():
+        assert torch.equal(expert.read(name), tensor)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def other_shape(file):
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "is missing"),
+        (truncate, "truncated"),
+        (lambda file: file.write_bytes(b""), "truncated"),
+        (flip, "the manifest says"),
+        (other_shape, "the manifest says"),
+    ],
+    ids=["missing", "truncated", "empty", "changed", "other_shape"],
+)
+@pytest.mark.parametrize("name", ["base.safetensors", "step_0000020.safetensors"])
+def test_a_damaged_file_is_named(pool, damage, message, name):
+    damage(pool.directory / name)
+    with pytest.raises(ExpertFileError, match=message) as caught:
+        pool.verify()
+    assert name in str(caught.value)
+
+
+def test_an_expert_of_another_shape_is_named(pool, dense):
+    tensors = expert_tensors(dense)
+    name = next(iter(tensors))
+    pool.add({**tensors, name: tensors[name][:-1]}, step=40, epoch=1.0, metrics={})
+    with pytest.raises(ExpertFileError, match="step_0000040") as caught:
+        pool.verify()
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_and_leave_the_pool_as_it_was(pool, dense, value):
+    tensors = expert_tensors(dense)
+    name = list(tensors)[-1]
+    tensors[name][0, 0] = value
+    with pytest.raises(ExpertFileError, match="NaN or infinity") as caught:
+        pool.add(tensors, step=40, epoch=1.0, metrics={})
+    assert "step_0000040" in str(caught.value)
+    assert name in str(caught.value)
+    assert not (pool.directory / "step_0000040.safetensors").exists()
+    assert [expert.step for expert in Pool.load(pool.directory).experts] == [10, 20, 30]
+    pool.verify()
+
+
+def test_a_crash_while_writing_leaves_no_half_file(pool, dense):
+    tensors = expert_tensors(dense)
+    specs = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+    def crashing():
+        for i, item in enumerate(tensors.items()):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    path = pool.directory / "new.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        write_expert(path, crashing(), specs)
+    assert not path.exists()
+    before = pool.experts[0].file.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        write_expert(pool.experts[0].file, crashing(), specs)
+    assert pool.experts[0].file.read_bytes() == before
+    write_expert(path, tensors.items(), specs)
+    assert path.exists()
+
+
+def test_tensors_that_differ_from_their_specs_are_refused(tmp_path):
+    specs = {"a": (torch.float32, (2,))}
+    for name, tensor in (("b", torch.zeros(2)), ("a", torch.zeros(3)), ("a", torch.zeros(2).bfloat16())):
+        with pytest.raises(ExpertFileError, match=r"e\.safetensors"):
+            write_expert(tmp_path / "e.safetensors", [(name, tensor)], specs)
+    with pytest.raises(ValueError, match="zip"):
+        write_expert(tmp_path / "e.safetensors", [], specs)
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_a_folder_without_a_manifest_is_named(tmp_path):
+    with pytest.raises(ExpertFileError, match=r"manifest\.json is missing") as caught:
+        Pool.load(tmp_path / "nowhere")
+    assert "nowhere" in str(caught.value)

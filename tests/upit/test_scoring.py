@@ -1,0 +1,140 @@
+"""Perplexity of every expert on every seed example, who gets which, and what is reused."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.upit.conftest import make_data, shift
+from upit import scoring
+from upit.examples import IGNORE, collate
+from upit.forward import response_logits
+from upit.pool import Expert, Pool
+from upit.scoring import SeedScorer, load_expert, score_examples
+from upit.seed_data import LowestPerplexity
+
+DATA = make_data(12)
+SEEDS = [1, 4, 6, 7, 10, 11]
+
+
+@pytest.fixture
+def pool(dense, make_pool) -> Pool:
+    return make_pool(dense, 3)
+
+
+@pytest.fixture
+def experts(pool) -> list[Expert]:
+    return pool.experts
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "upcycling/seed_perplexity.json"
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts scoring passes."""
+    seen = []
+    original = scoring.score_examples
+    monkeypatch.setattr(scoring, "score_examples", lambda *a, **k: seen.append(1) or original(*a, **k))
+    return seen
+
+
+def run(dense, experts, file, *, indices=SEEDS):
+    return SeedScorer(dense, indices, DATA, file=file).assign(experts, LowestPerplexity())
+
+
+def loss_alone(model, index: int) -> tuple[float, int]:
+    logits, targets, _ = response_logits(model, collate([[index]], DATA.train_set, pad_id=0))
+    return float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")), len(targets)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [1, 30, 8192])
+def test_scores_are_those_of_each_example_alone(dense, max_tokens):
+    loss_S, tokens_S = score_examples(dense, SEEDS, DATA.train_set, pad_id=0, max_tokens=max_tokens)
+    for row, index in enumerate(SEEDS):
+        loss, tokens = loss_alone(dense, index)
+        assert float(loss_S[row]) == pytest.approx(loss, rel=1e-4)
+        assert int(tokens_S[row]) == tokens == sum(label != IGNORE for label in DATA.train_set[index]["labels"])
+
+
+@torch.no_grad()
+def test_each_column_is_the_perplexity_under_its_expert(dense, experts, file):
+    seeds = run(dense, experts, file)
+    for e, expert in enumerate(experts):
+        load_expert(dense, expert)
+        for row, index in enumerate(SEEDS):
+            loss, tokens = loss_alone(dense, index)
+            assert float(seeds.perplexity_SN[row, e]) == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+
+
+def test_buckets_hold_every_seed_example_once(dense, experts, file):
+    seeds = run(dense, experts, file)
+    buckets = [seeds.bucket(e) for e in range(3)]
+    assert sorted(index for bucket in buckets for index in bucket) == SEEDS
+    assert [len(bucket) for bucket in buckets] == seeds.counts == [2, 2, 2]
+
+
+def test_the_file_says_what_others_read(dense, experts, file):
+    seeds = run(dense, experts, file)
+    content = json.loads(file.read_text())
+    assert content["counts"] == seeds.counts
+    for row, (index, example) in enumerate(zip(SEEDS, content["examples"], strict=True)):
+        assert example["id"] == DATA.train_set[index]["id"]
+        assert example["domain"] == DATA.train_set[index]["domain"]
+        assert example["perplexity"] == seeds.perplexity_SN[row].tolist()
+        assert example["expert"] == int(seeds.expert_S[row])
+
+
+def test_finished_experts_are_not_scored_again(dense, experts, file, passes):
+    run(dense, experts[:2], file)
+    assert len(passes) == 2
+    again = run(dense, experts, file)
+    assert len(passes) == 3
+    fresh = run(dense, experts, file.with_name("fresh.json"))
+    assert torch.equal(again.perplexity_SN, fresh.perplexity_SN)
+
+
+def test_a_crash_keeps_the_experts_scored_before_it(dense, experts, file, passes, monkeypatch):
+    original = scoring.score_examples
+
+    def crash(*args, **kwargs):
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score_examples", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(dense, experts, file)
+    run(dense, experts, file)
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("change", ["seeds", "dense", "expert"])
+def test_scores_of_anything_else_are_made_anew(dense, pool, experts, file, passes, change):
+    run(dense, experts, file)
+    passes.clear()
+    indices = SEEDS
+    if change == "seeds":
+        indices = SEEDS[:-1]
+    elif change == "dense":
+        with torch.no_grad():
+            dense.model.norm.weight.mul_(1.5)
+    else:
+        base = {name: pool.base.read(name) for name in pool.base.shapes}
+        pool.add(shift(base, 0.4, seed=50), step=10, epoch=0.25, metrics={})
+        experts = pool.experts
+    found = run(dense, experts, file, indices=indices)
+    assert len(passes) == (1 if change == "expert" else 3)
+    fresh = run(dense, experts, file.with_name("fresh.json"), indices=indices)
+    assert torch.equal(found.perplexity_SN, fresh.perplexity_SN)
+
+
+def test_the_same_expert_twice_is_scored_once(dense, experts, file, passes):
+    seeds = run(dense, [experts[0], experts[1], experts[0]], file)
+    assert len(passes) == 2
+    assert torch.equal(seeds.perplexity_SN[:, 0], seeds.perplexity_SN[:, 2])

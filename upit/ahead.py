@@ -1,0 +1,21 @@
+"""Work a little ahead of whoever takes the results, in threads: torch and file reads let go of Python's lock."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(compute: Callable[[T], R], items: Iterable[T], *, workers: int = 2) -> Iterator[R]:
+    """``compute(item)`` of every item, in order, with at most ``workers`` of them at work and one waiting."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            pending.append(pool.submit(compute, item))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
