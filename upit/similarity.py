@@ -5,7 +5,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -69,11 +68,17 @@ def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int,
     """
 
     def of_tensor(name: str) -> Tensor:
+        raw = experts[0].read(name)
         origin_P = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
-        # the difference of bfloat16 and float32 is float32, without a copy in between
-        deltas = (torch.sub(expert.read(name).flatten(), origin_P) for expert in (*experts[-new:], *experts[:-new]))
-        recent_NP = torch.stack(list(islice(deltas, new)))
-        older = [recent_NP @ delta_P for delta_P in deltas]
+        recent_NP = torch.empty(new, raw.numel(), dtype=torch.float32)
+        one_P = torch.empty(raw.numel(), dtype=torch.float32)
+
+        def delta(expert: Expert, room_P: Tensor) -> Tensor:
+            return room_P.copy_(expert.read(name, out=raw).flatten()).sub_(origin_P)
+
+        for expert, room_P in zip(experts[-new:], recent_NP, strict=True):
+            delta(expert, room_P)
+        older = [recent_NP @ delta(expert, one_P) for expert in experts[:-new]]
         return torch.cat([*(column[:, None] for column in older), recent_NP @ recent_NP.T], dim=1).double()
 
     return sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))

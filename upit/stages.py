@@ -6,6 +6,7 @@ runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -148,6 +149,7 @@ def expand(
     estimate.check(pool.directory)
     # with a thread for every core, each operation waits for the core that something else is using
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    _keep_freed_memory()
     expansion = expand_pool(
         found,
         origin,
@@ -268,6 +270,14 @@ def _check_apart(output: Path, inputs: list[str]) -> None:
 
     if output.resolve() in [path.resolve() for path in directories(inputs, field="base, experts")]:
         raise ValueError(f"output={str(output)!r} is one of the inputs; name another directory")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: a tensor's memory anew from the kernel costs several times the work on it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((-1, 2**31 - 1), (-3, 1 << 25), (-8, 1)):  # trim and mmap thresholds, number of arenas
+            mallopt(option, value)
 
 
 def _base_at(path: str) -> Expert:
