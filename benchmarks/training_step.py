@@ -105,7 +105,7 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
     method = {} if variant != "dense" else {"harvest": None, "upcycling": None}
     method = method or {
         "harvest": {"every_n_steps": DENSE_STEPS // 2},
-        "upcycling": {"at_epoch": None, "at_step": DENSE_STEPS, "router_epochs": 1, "drift_examples": 4},
+        "upcycling": {"at_epoch": None, "at_step": DENSE_STEPS, "drift_examples": 4},
     }
     return {
         "trainer": {
