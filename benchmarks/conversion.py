@@ -1,6 +1,6 @@
 """Conversion: 8 checkpoints of SmolLM2-135M's shape to a MoE, beside mergekit-moe, MixtureKit, and plain copying.
 
-    python benchmarks/conversion.py --mergekit VENV --mixturekit VENV
+    python -m benchmarks.conversion --mergekit VENV --mixturekit VENV
 
 VENV is a virtual environment with that package; leave one out to do without it. Plain: read the 8 weight files from
 end to end, write as many bytes as the MoE has. Every contender starts with the inputs on the disk, not in memory, and
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from contenders import checkpoints, drop_cache, measure, table, take_turns
+from benchmarks.contenders import checkpoints, drop_cache, measure, table, take_turns
 
 PLAIN = """
 import os, sys

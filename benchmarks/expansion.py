@@ -1,6 +1,6 @@
 """Expansion: 8 checkpoints of SmolLM2-135M's shape to 16 experts, beside mergekit's ``dare_linear``, time per merge.
 
-    python benchmarks/expansion.py --mergekit VENV
+    python -m benchmarks.expansion --mergekit VENV
 
 VENV is a virtual environment with mergekit; leave it out to do without. mergekit merges two checkpoints a run. upit's
 time per merge is an eighth of one whole ``upit expand``: starting Python, choosing parents by the similarity of all
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from contenders import Cost, checkpoints, drop_cache, measure, table, take_turns
+from benchmarks.contenders import Cost, checkpoints, drop_cache, measure, table, take_turns
 
 MERGES = 8
 
