@@ -1,10 +1,11 @@
 """Conversion: 8 checkpoints of SmolLM2-135M's shape to a MoE, beside mergekit-moe, MixtureKit, and plain copying.
 
-    python benchmarks/conversion.py --mergekit VENV --mixturekit VENV
+    python -m benchmarks.conversion --mergekit VENV --mixturekit VENV
 
 VENV is a virtual environment with that package; leave one out to do without it. Plain: read the 8 weight files from
 end to end, write as many bytes as the MoE has. Every contender starts with the inputs on the disk, not in memory, and
-its time ends with the output on the disk. The result is held against mergekit's, tensor by tensor.
+its time ends with the output on the disk. The result is held against mergekit's, tensor by tensor. Starting: what
+every Python program that knows a Llama's config spends before its first byte.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from contenders import checkpoints, drop_cache, measure, table, take_turns
+from benchmarks.contenders import checkpoints, drop_cache, measure, table, take_turns
 
 PLAIN = """
 import os, sys
@@ -84,6 +85,9 @@ def main() -> None:
         tool = options.mixturekit / "bin/mixturekit"
         build = [tool, "build", folder / "mixturekit.yaml", "--output", output["mixturekit"]]
         commands["mixturekit"] = ("MixtureKit build", build)
+    start = [sys.executable, "-c", "from transformers import LlamaConfig"]
+    commands["start"] = ("starting (importing LlamaConfig)", start)
+    output["start"] = folder / "start"
     contenders = {
         title: (lambda command=command, own=output[name]: measure(command, own))
         for name, (title, command) in commands.items()

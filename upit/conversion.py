@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from upit.ahead import ahead
 from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
 from upit.files import Estimate, fresh_directory
 from upit.pool import Expert
@@ -147,7 +148,7 @@ class Conversion:
         """
         plan = self.plan(router_DEH)
         specs = {name: (self.dtype, shape) for name, (shape, _) in plan.items()}
-        tensors = ((name, plan[name][1]().to(self.dtype)) for name in track(plan))
+        tensors = ahead(lambda name: (name, plan[name][1]().to(self.dtype)), track(plan))
         with fresh_directory(output, overwrite=overwrite) as directory:
             write_checkpoint(directory, tensors, specs, max_shard_bytes=max_shard_bytes)
             self.config.save_pretrained(directory)

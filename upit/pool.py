@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from upit.ahead import ahead
 from upit.families import is_expert
 from upit.files import read_json, write_json
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
@@ -60,9 +61,9 @@ class Expert:
         """Dtype and shape of each tensor, as :func:`write_expert` wants them."""
         return {name: (self.tensors[name].dtype, shape) for name, shape in self.shapes.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, read from disk now."""
-        return self.tensors.read(name)
+    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+        """One tensor, read from disk now; see :meth:`upit.tensor_files.TensorFiles.read`."""
+        return self.tensors.read(name, out=out)
 
     def get_slice(self, name: str) -> Rows:
         """One tensor, of which only the part that is indexed is read."""
@@ -212,7 +213,7 @@ class Pool:
         path = self.directory / f"{name}.safetensors"
         if expert.file.parent == self.directory:
             return expert
-        tensors = ((name, expert.read(name)) for name in expert.shapes)
+        tensors = ahead(lambda name: (name, expert.read(name)), expert.shapes)
         return replace(expert, file=path, sha256=write_once(path, tensors, expert.specs, expert.sha256), rest=None)
 
     def verify(self) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from upit.ahead import ahead
 from upit.pool import Expert
 from upit.strategy import Strategy
 
@@ -58,24 +59,29 @@ def negative_distance(products: Tensor) -> Tensor:
 def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int, base: Expert | None = None) -> Tensor:
     """Inner products of the last ``new`` experts with all of them, (new, M) float64.
 
-    Streams tensor by tensor and reads each expert once; holds one tensor of every expert in float32.
+    Streams tensor by tensor and reads each expert once; holds one float32 tensor of every new expert and of one other,
+    twice over.
 
     Args:
         names: the tensors to compare.
         base: compares task vectors from here; None the parameters themselves.
     """
-    total = torch.zeros(new, len(experts), dtype=torch.float64)
-    room_MN = torch.empty(len(experts), 0, dtype=torch.float32)
-    for name in names:
-        origin = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
-        size = torch.Size(experts[0].tensors[name].shape).numel()
-        if room_MN.shape[1] < size:  # kept for the next tensor: fresh memory costs more than the products
-            room_MN = torch.empty(len(experts), size, dtype=torch.float32)
-        vectors_MN = room_MN[:, :size]
-        for vector_N, expert in zip(vectors_MN, experts, strict=True):
-            torch.sub(expert.read(name).flatten(), origin, out=vector_N)
-        total += (vectors_MN[-new:] @ vectors_MN.T).double()
-    return total
+
+    def of_tensor(name: str) -> Tensor:
+        raw = experts[0].read(name)
+        origin_P = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
+        recent_NP = torch.empty(new, raw.numel(), dtype=torch.float32)
+        one_P = torch.empty(raw.numel(), dtype=torch.float32)
+
+        def delta(expert: Expert, room_P: Tensor) -> Tensor:
+            return room_P.copy_(expert.read(name, out=raw).flatten()).sub_(origin_P)
+
+        for expert, room_P in zip(experts[-new:], recent_NP, strict=True):
+            delta(expert, room_P)
+        older = [recent_NP @ delta(expert, one_P) for expert in experts[:-new]]
+        return torch.cat([*(column[:, None] for column in older), recent_NP @ recent_NP.T], dim=1).double()
+
+    return sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))
 
 
 class _OfParameters(Similarity):

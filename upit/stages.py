@@ -6,6 +6,7 @@ runs, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,6 +129,8 @@ def expand(
     """
     import shutil
 
+    import torch
+
     from upit.expansion import expand as expand_pool
     from upit.expert_sources import check_shapes
     from upit.files import write_json
@@ -144,6 +147,9 @@ def expand(
     estimate = _expansion_estimate(origin, max(num_experts, len(found)), num_experts)
     print(f"{len(found)} experts to {num_experts}: needs {estimate}")
     estimate.check(pool.directory)
+    # with a thread for every core, each operation waits for the core that something else is using
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    _keep_freed_memory()
     expansion = expand_pool(
         found,
         origin,
@@ -264,6 +270,14 @@ def _check_apart(output: Path, inputs: list[str]) -> None:
 
     if output.resolve() in [path.resolve() for path in directories(inputs, field="base, experts")]:
         raise ValueError(f"output={str(output)!r} is one of the inputs; name another directory")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: a tensor's memory anew from the kernel costs several times the work on it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((-1, 2**31 - 1), (-3, 1 << 25), (-8, 1)):  # trim and mmap thresholds, number of arenas
+            mallopt(option, value)
 
 
 def _base_at(path: str) -> Expert:

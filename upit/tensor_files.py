@@ -5,6 +5,7 @@ tensors in use, however large the files are. Every tensor read or written is che
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -79,16 +80,21 @@ class TensorFiles(Mapping[str, Entry]):
         view._entries = {new: self._entries[old] for new, old in names.items()}
         return view
 
-    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+    def read(self, name: str, rows: slice = slice(None), *, out: Tensor | None = None) -> Tensor:
         """A tensor, or some of its rows (a contiguous range of its first dimension), read from disk now.
 
+        Args:
+            out: contiguous tensor of the same shape and dtype to read into; fresh memory costs more than the reading.
         Raises: TensorFileError: it holds NaN or infinity.
         """
         entry = self._entries[name]
         first, last, _ = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
-        tensor = torch.empty((max(0, last - first), *entry.shape[1:]), dtype=entry.dtype)
-        if not entry.shape:
-            tensor = tensor[0]
+        shape = (max(0, last - first), *entry.shape[1:]) if entry.shape else ()
+        tensor = torch.empty(shape, dtype=entry.dtype) if out is None else out
+        if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
+            raise TensorFileError(
+                f"{entry.file}: tensor {name!r} is {entry.dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + first * (tensor.nbytes // max(1, last - first)))
             _fill(_bytes_of(tensor), stream, entry.file)
@@ -99,7 +105,7 @@ class TensorFiles(Mapping[str, Entry]):
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:
     """Raises: TensorFileError: the tensor holds NaN or infinity."""
     # aminmax passes NaN on, and reads bfloat16 30 times faster than isfinite does
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+    if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
         raise TensorFileError(f"{file}: tensor {name!r} holds NaN or infinity")
 
 

@@ -199,3 +199,13 @@ def test_a_broken_number_is_found_and_nothing_is_left(sources, tmp_path):
     with pytest.raises(ValueError, match=rf"{file.name}: tensor '{name}' holds NaN or infinity"):
         conversion_of(sources[0], [sources[0], broken, sources[2]]).write(ROUTER_DEH, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
+
+
+def test_old_buffers_are_left_out(tmp_path):
+    dense_model("llama").save_pretrained(tmp_path / "old")
+    tensors = load_file(tmp_path / "old/model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "old/model.safetensors"
+    )
+    conversion_of(tmp_path / "old", [tmp_path / "old"] * 3).write(ROUTER_DEH, tmp_path / "moe")
+    assert not [name for name in files_of(tmp_path / "moe") if "rotary" in name]

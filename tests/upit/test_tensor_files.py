@@ -78,3 +78,22 @@ def test_names_what_it_cannot_read(tmp_path):
     save_file({"x": torch.arange(3)}, tmp_path / "x.safetensors")
     with pytest.raises(TensorFileError, match="tensor 'x' has dtype I64"):
         TensorFiles(tmp_path / "x.safetensors")
+
+
+def test_reads_into_room_that_fits(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    files, room = TensorFiles(tmp_path / "x.safetensors"), torch.zeros(4, 3)
+    assert files.read("a", out=room) is room
+    assert torch.equal(room, TENSORS["a"])
+    with pytest.raises(TensorFileError, match=r"tensor 'b' is torch.bfloat16 \(5, 2, 3\), not torch.float32 \(4, 3\)"):
+        files.read("b", out=room)
+
+
+def test_renamed_is_a_view_of_what_is_named(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    files = TensorFiles(tmp_path / "x.safetensors")
+    view = files.renamed({"new": "b"})
+    assert list(view) == ["new"]
+    assert torch.equal(view.read("new"), TENSORS["b"])
+    with pytest.raises(TensorFileError, match="tensor 'nothing' is missing"):
+        files.renamed({"new": "nothing"})
