@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from upit.examples import collate
 from upit.experts import plain_experts
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BF16_ROUNDING = 1.5e-2  # relative norm of a few chained bfloat16 products
 
 
