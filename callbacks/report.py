@@ -104,7 +104,7 @@ class RunReport(Callback):
         output = self.run / "export"
         if output.exists():  # a resumed run exports again, beside
             output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
-        card = model_card(identity, self.run, name="export")
+        card = model_card(identity, self.run, name=output.name)
         export_model(module.lm.config, weights, trainer.datamodule.tokenizer, output, card=card)
 
     @override

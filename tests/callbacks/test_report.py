@@ -28,7 +28,9 @@ def test_the_export_can_be_left_out(make_data, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_beside(finished, make_data, tmp_path):
+def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_beside(
+    finished, make_data, tmp_path, capsys
+):
     run, _, _ = finished
     shutil.copytree(run, tmp_path / "run")
     whole = json.loads((run / "report.json").read_text())
@@ -42,5 +44,7 @@ def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_besi
         assert (report["num_experts"], report["top_k"]) == (4, 2)
     assert (tmp_path / "run/export-2/config.json").exists()
     assert (tmp_path / "run/export-3/config.json").exists()
+    assert str(tmp_path / "run/export-3\n") in capsys.readouterr().out
+    assert 'from_pretrained("export-3")' in (tmp_path / "run/export-3/README.md").read_text()
     for file in run.glob("export/*"):
         assert (tmp_path / "run/export" / file.name).read_bytes() == file.read_bytes()
