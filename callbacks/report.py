@@ -81,7 +81,7 @@ class RunReport(Callback):
     def _score(self, trainer, module, stage: str) -> None:
         start = time.perf_counter()
         scores = module.score(track=lambda items: tqdm(items, f"Scoring {stage}", leave=False, disable=rank() > 0))
-        self.report["stages"][stage] = scores
+        self.report["stages"][stage] = {"step": trainer.global_step, **scores}
         seconds = self.report["wall_seconds"]
         seconds["scoring"] = seconds.get("scoring", 0.0) + time.perf_counter() - start
         for logger in trainer.loggers:
@@ -104,7 +104,7 @@ class RunReport(Callback):
         output = self.run / "export"
         if output.exists():  # a resumed run exports again, beside
             output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
-        card = model_card(identity, self.run, name=output.name)
+        card = model_card(identity | {"global_step": trainer.global_step}, self.run, name=output.name)
         export_model(module.lm.config, weights, trainer.datamodule.tokenizer, output, card=card)
 
     @override

@@ -17,6 +17,7 @@ def test_a_dense_fit_alone_reports_base_and_dense_and_exports(make_data, tmp_pat
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["stages"]) == ["base", "dense"]
     assert set(report["stages"]["dense"]["domains"]) == {"letters", "arithmetic"}
+    assert [scores["step"] for scores in report["stages"].values()] == [0, 2]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in module.lm.state_dict().items())
     assert "Held-out loss" in capsys.readouterr().out
