@@ -1,5 +1,6 @@
 """Expert preparation: harvest the expert parameters of intermediate checkpoints."""
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -126,6 +127,7 @@ class ExpertHarvest(Callback):
         self.last_step = step
         if rank() == 0:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
             epoch = step / pl_module.steps_per_epoch()
             self.drain()
             self._pending.append(self._writer.submit(self._write, tensors, rest, step, epoch, metrics))
