@@ -26,6 +26,11 @@ class RoutingPicture(Pictures):
         self.metric: DomainRouting | None = None
         self._drawn_at = self._seconds = 0.0
 
+    @override
+    def on_train_start(self, trainer, pl_module) -> None:
+        if rank() == 0:
+            run_of(trainer).forget_routing_after(trainer.global_step if pl_module.phase == "moe" else 0)
+
     def on_upcycling_end(self, trainer, module, upcycling) -> None:
         module.eval()
         metric = domain_routing(module.lm, trainer.datamodule)
