@@ -80,8 +80,8 @@ class ConversationDataModule(L.LightningDataModule):
         """Training and held-out rows; runs once, then the cache serves."""
 
     @abstractmethod
-    def make_tokenizer(self, train_rows: list[Row] | None) -> Any:
-        """The tokenizer; ``train_rows`` is None when it was saved in the cache already."""
+    def make_tokenizer(self, train_rows: list[Row]) -> Any:
+        """The tokenizer, which may be trained on the training rows; runs once, then the cache serves."""
 
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """Whether a completion answers an example: equal up to white space."""

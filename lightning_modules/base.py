@@ -279,6 +279,3 @@ def _present(counts: Tensor, data) -> list[tuple[int, str]]:
 def mask_of(batch: Batch) -> Tensor:
     """True for real tokens, flattened."""
     return (batch["example_ids"] != PADDING).flatten()
-
-
-__all__ = ["IGNORE", "CausalLMModule", "mask_of"]
