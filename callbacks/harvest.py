@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from callbacks.protocol import require_upcycling
+from callbacks.protocol import UpcyclingModule, require_upcycling
 from upit.distance import distance_from
 from upit.distributed import barrier, rank
 from upit.families import is_expert
@@ -106,7 +106,7 @@ class ExpertHarvest(Callback):
         if last or self.min_distance is None or self._distance(pl_module) >= self.min_distance:
             self._save(trainer, pl_module, step=step)
 
-    def _distance(self, module) -> float:
+    def _distance(self, module: UpcyclingModule) -> float:
         """How far the experts are from the last harvested; a collective."""
         self.drain()
         barrier()
@@ -114,7 +114,7 @@ class ExpertHarvest(Callback):
         module.log("harvest/distance", distance, batch_size=1, rank_zero_only=True)
         return distance
 
-    def _save(self, trainer, pl_module, *, step: int) -> None:
+    def _save(self, trainer, pl_module: UpcyclingModule, *, step: int) -> None:
         tensors: dict[str, torch.Tensor] = {}
         rest: dict[str, torch.Tensor] = {}
         for name, param in pl_module.lm.named_parameters():

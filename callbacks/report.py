@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from callbacks.protocol import UpcyclingModule
 from upit.checkpoints import identity_of
 from upit.distributed import rank
 from upit.export import export_model, model_card
@@ -47,11 +48,11 @@ class RunReport(Callback):
             self._lineage = read_json(self.run / "upcycling" / "lineage.json")
         self._since = time.perf_counter()
 
-    def on_upcycling_start(self, trainer, module, upcycling) -> None:
+    def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self._add_seconds("dense")
         self._score(trainer, module, "dense")
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self.report.update(
             num_experts=module.moe.num_experts,
             top_k=module.moe.top_k,

@@ -5,6 +5,7 @@ import time
 from typing_extensions import override
 
 from callbacks.pictures import Pictures, bar, log_now, run_of
+from callbacks.protocol import UpcyclingModule
 from upit.distributed import rank
 from upit.metrics import DomainRouting, summary
 from upit.routing import count_heldout, domain_routing, expert_choices, token_view
@@ -31,7 +32,7 @@ class RoutingPicture(Pictures):
         if rank() == 0:
             run_of(trainer).forget_routing_after(trainer.global_step if pl_module.phase == "moe" else 0)
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         module.eval()
         metric = domain_routing(module.lm, trainer.datamodule)
         count_heldout(module.lm, metric, trainer.datamodule, autocast=module.autocast, track=bar("Counting routing"))
