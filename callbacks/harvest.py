@@ -1,5 +1,6 @@
 """Expert preparation: harvest the expert parameters of intermediate checkpoints."""
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from callbacks.protocol import require_upcycling
+from callbacks.protocol import UpcyclingModule, require_upcycling
+from callbacks.scalars import log_now
 from upit.distance import distance_from
 from upit.distributed import barrier, rank
 from upit.families import is_expert
@@ -102,18 +104,18 @@ class ExpertHarvest(Callback):
             return
         self.seen_step = step
         last = step >= self._points[-1]
-        if last or self.min_distance is None or self._distance(pl_module) >= self.min_distance:
+        if last or self.min_distance is None or self._distance(trainer, pl_module) >= self.min_distance:
             self._save(trainer, pl_module, step=step)
 
-    def _distance(self, module) -> float:
+    def _distance(self, trainer, module: UpcyclingModule) -> float:
         """How far the experts are from the last harvested; a collective."""
         self.drain()
         barrier()
         distance = distance_from(module.lm, Pool.load(self.directory).at_step(self.last_step))
-        module.log("harvest/distance", distance, batch_size=1, rank_zero_only=True)
+        log_now(trainer, {"harvest/distance": distance})
         return distance
 
-    def _save(self, trainer, pl_module, *, step: int) -> None:
+    def _save(self, trainer, pl_module: UpcyclingModule, *, step: int) -> None:
         tensors: dict[str, torch.Tensor] = {}
         rest: dict[str, torch.Tensor] = {}
         for name, param in pl_module.lm.named_parameters():
@@ -126,6 +128,7 @@ class ExpertHarvest(Callback):
         self.last_step = step
         if rank() == 0:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
             epoch = step / pl_module.steps_per_epoch()
             self.drain()
             self._pending.append(self._writer.submit(self._write, tensors, rest, step, epoch, metrics))

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm.auto import tqdm
 
+from callbacks.protocol import UpcyclingModule
 from upit.artefacts import Run
 from upit.distributed import rank
 from upit.figures.base import pixels
@@ -34,7 +35,7 @@ class LineagePicture(Pictures):
 
     tags = ("experts/lineage",)
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self.show(trainer)
 
 
@@ -43,7 +44,7 @@ class SeedDataPicture(Pictures):
 
     tags = ("experts/seed_data",)
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self.show(trainer)
 
 

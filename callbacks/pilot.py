@@ -1,6 +1,7 @@
 """The checkpoints before they become experts: scores per domain, and distance travelled."""
 
 from callbacks.pictures import Pictures, bar, run_of
+from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.pilot import distances, score_checkpoints, specialist_gain
@@ -21,7 +22,7 @@ class PilotPicture(Pictures):
     def __init__(self, exact_match: bool = True) -> None:
         self.exact_match = exact_match
 
-    def on_upcycling_start(self, trainer, module, upcycling) -> None:
+    def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
         scored = score_checkpoints(
             module.lm,
             upcycling.harvest.collect().experts,
@@ -46,7 +47,7 @@ class DiversityPicture(Pictures):
 
     tags = ("experts/similarity", "harvest/distance")
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         if rank() == 0:
             run = run_of(trainer)
             pool = Pool.load(run.directory / "experts")

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from callbacks.protocol import UpcyclingModule
 from upit.checkpoints import identity_of
 from upit.distributed import rank
 from upit.export import export_model, model_card
@@ -47,11 +48,11 @@ class RunReport(Callback):
             self._lineage = read_json(self.run / "upcycling" / "lineage.json")
         self._since = time.perf_counter()
 
-    def on_upcycling_start(self, trainer, module, upcycling) -> None:
+    def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self._add_seconds("dense")
         self._score(trainer, module, "dense")
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self.report.update(
             num_experts=module.moe.num_experts,
             top_k=module.moe.top_k,
@@ -81,7 +82,7 @@ class RunReport(Callback):
     def _score(self, trainer, module, stage: str) -> None:
         start = time.perf_counter()
         scores = module.score(track=lambda items: tqdm(items, f"Scoring {stage}", leave=False, disable=rank() > 0))
-        self.report["stages"][stage] = scores
+        self.report["stages"][stage] = {"step": trainer.global_step, **scores}
         seconds = self.report["wall_seconds"]
         seconds["scoring"] = seconds.get("scoring", 0.0) + time.perf_counter() - start
         for logger in trainer.loggers:
@@ -104,7 +105,7 @@ class RunReport(Callback):
         output = self.run / "export"
         if output.exists():  # a resumed run exports again, beside
             output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
-        card = model_card(identity, self.run, name="export")
+        card = model_card(identity | {"global_step": trainer.global_step}, self.run, name=output.name)
         export_model(module.lm.config, weights, trainer.datamodule.tokenizer, output, card=card)
 
     @override

@@ -5,6 +5,7 @@ import time
 from typing_extensions import override
 
 from callbacks.pictures import Pictures, bar, run_of
+from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.metrics import DomainRouting, summary
@@ -27,7 +28,12 @@ class RoutingPicture(Pictures):
         self.metric: DomainRouting | None = None
         self._drawn_at = self._seconds = 0.0
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    @override
+    def on_train_start(self, trainer, pl_module) -> None:
+        if rank() == 0:
+            run_of(trainer).forget_routing_after(trainer.global_step if pl_module.phase == "moe" else 0)
+
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         module.eval()
         metric = domain_routing(module.lm, trainer.datamodule)
         count_heldout(module.lm, metric, trainer.datamodule, autocast=module.autocast, track=bar("Counting routing"))

@@ -5,6 +5,7 @@ from typing import Any
 from typing_extensions import override
 
 from callbacks.pictures import Pictures, run_of
+from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.pilot import domain_losses
@@ -19,12 +20,12 @@ class SwapPicture(Pictures):
 
     tags = ("moe/swap",)
 
-    def on_upcycling_start(self, trainer, module, upcycling) -> None:
+    def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self.before = domain_losses(module.lm, trainer.datamodule, autocast=module.autocast)
         log_now(trainer, {"moe/phase": 0.0}, step=0)
         log_now(trainer, {"moe/phase": 0.0})
 
-    def on_upcycling_end(self, trainer, module, upcycling) -> None:
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         after = domain_losses(module.lm, trainer.datamodule, autocast=module.autocast)
         content: dict[str, Any] = {"step": trainer.global_step, "kl": upcycling.drift}
         if rank() == 0:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import shutil
+import tempfile
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -80,8 +80,8 @@ class ConversationDataModule(L.LightningDataModule):
         """Training and held-out rows; runs once, then the cache serves."""
 
     @abstractmethod
-    def make_tokenizer(self, train_rows: list[Row] | None) -> Any:
-        """The tokenizer; ``train_rows`` is None when it was saved in the cache already."""
+    def make_tokenizer(self, train_rows: list[Row]) -> Any:
+        """The tokenizer, which may be trained on the training rows; runs once, then the cache serves."""
 
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """Whether a completion answers an example: equal up to white space."""
@@ -98,19 +98,24 @@ class ConversationDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         if (self.folder / "stats.json").exists():
             return
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished.", dir=self.cache_dir) as beside:
+            self._prepare(Path(beside) / "data")
+            try:
+                (Path(beside) / "data").rename(self.folder)
+            except OSError:  # a fit started together with this one was first: the same data
+                if not (self.folder / "stats.json").exists():
+                    raise
+
+    def _prepare(self, folder: Path) -> None:
         train, heldout = self.make_rows()
-        beside = self.folder.with_name(self.folder.name + ".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         tokenizer = self.make_tokenizer(train)
-        tokenizer.save_pretrained(beside / "tokenizer")
+        tokenizer.save_pretrained(folder / "tokenizer")
         stats = {
-            name: self._tokenise(tokenizer, rows, beside / name)
+            name: self._tokenise(tokenizer, rows, folder / name)
             for name, rows in (("train", train), ("heldout", heldout))
         }
-        write_json(beside / "stats.json", stats)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        beside.replace(self.folder)
+        write_json(folder / "stats.json", stats)
 
     def _tokenise(self, tokenizer, rows: list[Row], folder: Path) -> dict[str, int]:
         encoded = [

@@ -83,7 +83,7 @@ class InstructionDataModule(ConversationDataModule):
         }
 
     @override
-    def make_tokenizer(self, train_rows: list[Row] | None):
+    def make_tokenizer(self, train_rows: list[Row]):
         return load_tokenizer(
             self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code
         )

@@ -69,12 +69,12 @@ class ReasoningGymDataModule(ConversationDataModule):
         }
 
     @override
-    def make_tokenizer(self, train_rows: list[Row] | None):
+    def make_tokenizer(self, train_rows: list[Row]):
         if self.tokenizer_source is not None:
             return load_tokenizer(
                 self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code
             )
-        texts = [message["content"] for row in train_rows or [] for message in row["messages"]]
+        texts = [message["content"] for row in train_rows for message in row["messages"]]
         return train_tokenizer(texts, vocab_size=self.vocab_size, chat_template=self.chat_template)
 
     @override

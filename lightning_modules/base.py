@@ -153,7 +153,7 @@ class CausalLMModule(L.LightningModule):
         mean = losses.sum() / max(1.0, total)
         for name in ("val/loss", f"{self.active.phase}/val_loss"):
             self.log(name, mean, batch_size=int(total), sync_dist=True, prog_bar=name == "val/loss")
-        for d, domain in enumerate(data.domains):
+        for d, domain in _present(counts, data):
             value = losses[d] / counts[d].clamp(min=1.0)
             self.log(f"val/loss/{domain}", value, batch_size=int(counts[d]), sync_dist=True)
 
@@ -174,7 +174,7 @@ class CausalLMModule(L.LightningModule):
         prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
         budgets = [self.active.max_new_tokens or answer_budget(row) for row in rows]
         answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
-        for d, domain in enumerate(data.domains):
+        for d, domain in _present(counts, data):
             own = [b for b, row in enumerate(rows) if ids_B[b] != PADDING and row["domain"] == domain]
             right = sum(data.verify(rows[b], answers[b]) for b in own) / max(1, len(own))
             self.log(f"test/exact_match/{domain}", right, batch_size=len(own), sync_dist=True)
@@ -270,9 +270,12 @@ class CausalLMModule(L.LightningModule):
                 self.active.finish(self._trainer)
 
 
+def _present(counts: Tensor, data) -> list[tuple[int, str]]:
+    """The domains of a batch, numbered; those of all the ranks' batches, as every rank must log the same names."""
+    total = all_sum(counts.clone())
+    return [(d, domain) for d, domain in enumerate(data.domains) if total[d] > 0]
+
+
 def mask_of(batch: Batch) -> Tensor:
     """True for real tokens, flattened."""
     return (batch["example_ids"] != PADDING).flatten()
-
-
-__all__ = ["IGNORE", "CausalLMModule", "mask_of"]

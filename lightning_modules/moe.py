@@ -24,8 +24,8 @@ class MoEModule(CausalLMModule):
 
     Args:
         model: an exported MoE to start from; None inside :class:`UpITModule`, which upcycles one.
-        num_experts: experts a layer, of the MoE that is upcycled; default ours.
-        top_k: experts a token; 2 is the paper's.
+        num_experts: experts a layer, of the MoE that is upcycled; default ours. With ``model``, its own count stands.
+        top_k: experts a token, of the MoE that is upcycled; 2 is the paper's. With ``model``, its own number stands.
         load_balancing_weight: of :func:`upit.losses.load_balancing_loss`; ours, not the paper's; 0 turns it off.
         router_z_loss_weight: of :func:`upit.losses.router_z_loss`, which keeps router logits small; 0.001 is ST-MoE's.
     """

@@ -116,6 +116,12 @@ class Run:
             f"routing/step_{step:07d}.json", {**content, **{name: value.tolist() for name, value in routing.items()}}
         )
 
+    def forget_routing_after(self, step: int) -> None:
+        """Remove the snapshots of later steps: of a future that a resumed run may not have."""
+        for file in (self.directory / "routing").glob("step_*.json"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+
     def _read(self, file: str) -> Any:
         path = self.directory / file
         return read_json(path) if path.exists() else None

@@ -4,16 +4,32 @@ A checkpoint is one file, or the folder that ``ModelParallelStrategy`` writes (a
 """
 
 import json
-import tempfile
+import pickle
+import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoConfig, PretrainedConfig
 
 IDENTITY = "upit"
+METADATA_GLOBALS = {  # what torch pickles into a sharded checkpoint's .metadata, beside dtypes
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+}  # fmt: skip
 
 
 def identity_of(model, *, phase: str, swap_step: int | None) -> dict[str, Any]:
@@ -42,7 +58,9 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     file = path / "meta.pt" if path.is_dir() else path
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=file == path)
-    except (RuntimeError, UnpicklingError, OSError) as error:
+        if path.is_dir():
+            _read_metadata(path)
+    except (RuntimeError, pickle.UnpicklingError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{str(path)!r} is no checkpoint that loads without running code: {reason}") from None
     if IDENTITY not in content:
@@ -59,12 +77,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The causal LM's state dict, its names as in transformers."""
     path = Path(path)
     if path.is_dir():
-        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "whole.pt"
-            dcp_to_torch_save(path, file)
-            state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        state = _read_shards(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     for prefix in ("dense.model.", "moe.model.", "model."):
@@ -72,3 +85,32 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if own:
             return own
     raise ValueError(f"{str(path)!r} holds no model weights")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what torch writes, and names nothing else: torch itself reads ``.metadata`` with a plain unpickler."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in METADATA_GLOBALS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """Raises: UnpicklingError: it names what is no part of a sharded checkpoint's metadata."""
+    with (path / ".metadata").open("rb") as file:
+        return _MetadataUnpickler(file).load()
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """The tensors of a sharded checkpoint's state dict, and nothing of its optimizer."""
+    prefix = "state_dict."
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in _read_metadata(path).state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this is a single process
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}

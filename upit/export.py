@@ -70,7 +70,7 @@ def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: s
 
 
 def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
-    """README.md of an exported model: method, lineage, data, metrics, how to load."""
+    """README.md of an exported model: method, lineage, data, metrics so far, how to load."""
     moe = identity["phase"] == "moe"
     kind = f"{identity['num_experts']} experts, top-{identity['top_k']}" if moe else "dense"
     parts = [
@@ -78,9 +78,9 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
         + ("- moe\n" if moe else "")
         + "---\n",
         f"# {name}\n",
-        f"A {identity['config']['model_type']} causal language model ({kind}), trained with upit: upcycling "
-        "instruction tuning from dense to Mixture-of-Experts via parameter merging "
-        "([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n",
+        f"A {identity['config']['model_type']} causal language model ({kind}), trained for "
+        f"{identity['global_step']} optimizer steps with upit: upcycling instruction tuning from dense to "
+        "Mixture-of-Experts via parameter merging ([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n",
         "## Load\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
@@ -90,8 +90,7 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
         rows = "\n".join(f"| {entry['expert']} | {origin(entry)} |" for entry in read_json(lineage))
         parts.append(f"## Experts\n| expert | origin |\n|---|---|\n{rows}\n")
     if report.exists():
-        content = read_json(report)
-        stages = content["stages"]
+        stages = _reached(read_json(report)["stages"], identity)
         rows = "\n".join(
             f"| {stage} | {scores['average']['loss']:.4f} | {scores['average']['exact_match']:.1%} |"
             for stage, scores in stages.items()
@@ -102,6 +101,12 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
             f"| stage | loss (nats) | exact match |\n|---|---|---|\n{rows}\n"
         )
     return "\n".join(parts)
+
+
+def _reached(stages: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of a run's report that were over when a model of it was saved."""
+    own = ("base", "dense") if identity["phase"] == "dense" else tuple(stages)
+    return {name: stages[name] for name in stages if name in own and stages[name]["step"] <= identity["global_step"]}
 
 
 def origin(entry: Mapping[str, Any]) -> str:

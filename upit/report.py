@@ -38,7 +38,8 @@ def print_report(
 
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in report["wall_seconds"].items())
     console.print(f"Seconds: {seconds}")
-    for part in ("report.json", "experts", "upcycling", "checkpoints", "export"):
+    exports = sorted((path.name for path in run.glob("export*")), key=lambda name: (len(name), name))
+    for part in ("report.json", "experts", "upcycling", "checkpoints", *exports):
         if (run / part).exists():
             console.print(f"{part:12} {run / part}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {run}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """Read and fill parameters that may be shards: plain tensors and FSDP2's DTensors alike."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
+
+from upit.distributed import all_sum, world_size
 
 
 class Sliceable(Protocol):
@@ -55,3 +58,10 @@ def full(param: Tensor) -> Tensor:
     """The whole parameter, detached. A collective for a DTensor: every rank must call it in the same order."""
     param = param.detach()
     return param.full_tensor() if isinstance(param, DTensor) else param
+
+
+def average_gradients(params: Iterable[Tensor]) -> None:
+    """Average gradients over the ranks; FSDP2 has done so for its shards. A collective."""
+    for param in params:
+        if not isinstance(param, DTensor):
+            all_sum(param.grad).div_(world_size())  # type: ignore[arg-type]

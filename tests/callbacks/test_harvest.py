@@ -113,6 +113,20 @@ def test_metrics_and_epochs_are_recorded(make_data, tmp_path):
     assert entry["epoch"] == pytest.approx(6 / trainer.lightning_module.steps_per_epoch())
 
 
+def test_metrics_that_are_no_numbers_are_left_out(make_data, tmp_path):
+    """A reader other than Python's would refuse the manifest."""
+
+    class Broken(ExpertHarvest):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.log_dict({"mine/nan": float("nan"), "mine/inf": float("inf"), "mine/one": 1.0})
+
+    fit(tmp_path, make_data(), Broken(every_n_steps=3))
+    text = (tmp_path / "experts/manifest.json").read_text()
+    entry = json.loads(text, parse_constant=pytest.fail)["experts"][-1]
+    assert entry["metrics"]["mine/one"] == 1.0
+    assert not {"mine/nan", "mine/inf"} & entry["metrics"].keys()
+
+
 def test_an_error_of_the_background_writer_ends_the_run(make_data, tmp_path, monkeypatch):
     original = Pool.add
 

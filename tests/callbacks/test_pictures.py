@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -165,3 +166,17 @@ def test_every_picture_is_switched_on_in_the_quickstart():
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text())
     chosen = {callback["class_path"] for callback in config["trainer"]["callbacks"]}
     assert {f"callbacks.{type(watcher).__name__}" for watcher in watchers()} | {"callbacks.HParams"} <= chosen
+
+
+@pytest.mark.parametrize(("resumed", "steps"), [(4, [6]), (9, [3, 9])])
+def test_routing_of_an_abandoned_future_is_forgotten(finished, make_data, tmp_path, resumed, steps):
+    """The swap is at step 6; a dense model has no routing in its past."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    run = Run(tmp_path / "run")
+    for step in (3, 9, 11):
+        counts = {"counts_DEC": torch.ones(2, 4, 2), "shuffled_D": torch.zeros(2)}
+        run.save_routing(step, ["arithmetic", "letters"], counts, {})
+    trainer = make_trainer(run.directory, [*make_callbacks(report=False), RoutingPicture()], limit_val_batches=0)
+    checkpoint = run.directory / f"checkpoints/step={resumed}.ckpt"
+    trainer.fit(make_module(), datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert [snapshot["step"] for snapshot in run.routing] == steps

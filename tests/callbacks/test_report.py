@@ -17,6 +17,7 @@ def test_a_dense_fit_alone_reports_base_and_dense_and_exports(make_data, tmp_pat
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["stages"]) == ["base", "dense"]
     assert set(report["stages"]["dense"]["domains"]) == {"letters", "arithmetic"}
+    assert [scores["step"] for scores in report["stages"].values()] == [0, 2]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in module.lm.state_dict().items())
     assert "Held-out loss" in capsys.readouterr().out
@@ -28,7 +29,9 @@ def test_the_export_can_be_left_out(make_data, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_beside(finished, make_data, tmp_path):
+def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_beside(
+    finished, make_data, tmp_path, capsys
+):
     run, _, _ = finished
     shutil.copytree(run, tmp_path / "run")
     whole = json.loads((run / "report.json").read_text())
@@ -42,5 +45,7 @@ def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_besi
         assert (report["num_experts"], report["top_k"]) == (4, 2)
     assert (tmp_path / "run/export-2/config.json").exists()
     assert (tmp_path / "run/export-3/config.json").exists()
+    assert str(tmp_path / "run/export-3\n") in capsys.readouterr().out
+    assert 'from_pretrained("export-3")' in (tmp_path / "run/export-3/README.md").read_text()
     for file in run.glob("export/*"):
         assert (tmp_path / "run/export" / file.name).read_bytes() == file.read_bytes()

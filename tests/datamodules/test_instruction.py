@@ -230,6 +230,22 @@ def test_a_changed_template_file_is_tokenised_anew(make_instruction, tmp_path, t
         assert texts(module)[0].endswith(mark)
 
 
+def test_two_fits_started_together_share_what_the_first_prepared(make_instruction, tmp_path, monkeypatch):
+    file = as_jsonl(tmp_path)
+    slow, quick = make_instruction(train_files=[file]), make_instruction(train_files=[file])
+    original, inodes = slow._tokenise, []
+
+    def overtaken(*args):
+        quick.prepare_data()
+        inodes.append(quick.folder.stat().st_ino)
+        return original(*args)
+
+    monkeypatch.setattr(slow, "_tokenise", overtaken)
+    assert texts(ready(slow)) == texts(ready(quick))
+    assert {slow.folder.stat().st_ino} == set(inodes), "the other may be reading it by now"
+    assert list((tmp_path / "cache").iterdir()) == [slow.folder], "nothing else is left"
+
+
 def test_a_crash_while_tokenising_leaves_no_half_cache(make_instruction, tmp_path, monkeypatch):
     import datamodules.base
 

@@ -1,5 +1,6 @@
 """What the modules refuse, and which checkpoints they take."""
 
+import math
 import shutil
 
 import pytest
@@ -128,3 +129,17 @@ def test_a_resumed_model_is_set_up_as_a_fresh_one(finished, make_data, tmp_path,
     trainer.fit(module, datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
     assert module.phase == "moe"
     assert module.lm.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_domain_without_a_held_out_batch_has_no_score(make_data, tmp_path, monkeypatch, run, elsewhere):
+    """Unless another process's batch has it: all of them log the same names."""
+    if elsewhere:
+        monkeypatch.setattr("lightning_modules.base.all_sum", lambda counts: counts + 1.0)
+    trainer = make_trainer(tmp_path, [], logger=False, limit_val_batches=1, limit_test_batches=1)
+    data = make_data(eval_batch_tokens=48)
+    (metrics,) = getattr(trainer, run)(DenseModule(config=TINY), datamodule=data, verbose=False)
+    domains = {name.rpartition("/")[2] for name in metrics if name.count("/") == 2}
+    assert domains == ({"arithmetic", "letters"} if elsewhere else {"letters"})
+    assert elsewhere or all(math.isfinite(value) for value in metrics.values())

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from upit.checkpoints import config_of, identity_of, read_identity, read_weights
 from upit.families import moe_config
@@ -53,6 +54,36 @@ def test_a_checkpoint_that_would_run_code_is_refused(dense, tmp_path):
     for read in (read_identity, read_weights):
         with pytest.raises((pickle.UnpicklingError, ValueError)):
             read(path)
+    assert not mark.exists()
+
+
+@pytest.fixture
+def sharded(dense, tmp_path):
+    """A checkpoint as ``ModelParallelStrategy`` writes it: a folder."""
+    state = {f"dense.model.{name}": tensor for name, tensor in dense.state_dict().items()}
+    optimizer = {"state": {"step": torch.tensor(5.0)}, "lr": 1e-3}
+    dcp.save({"state_dict": state, "optimizer_0": optimizer}, checkpoint_id=tmp_path / "a.ckpt", no_dist=True)
+    torch.save({"upit": identity_of(dense, phase="dense", swap_step=7)}, tmp_path / "a.ckpt/meta.pt")
+    return tmp_path / "a.ckpt"
+
+
+def test_a_sharded_checkpoint_is_read_without_a_process_group(sharded, dense):
+    assert read_identity(sharded)["phase"] == "dense"
+    weights, expected = read_weights(sharded), dense.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_sharded_checkpoint_that_would_run_code_is_refused(sharded, tmp_path, protocol):
+    mark = tmp_path / "code-ran"
+    metadata = pickle.loads((sharded / ".metadata").read_bytes())
+    metadata.planner_data["evil"] = Evil(mark)
+    (sharded / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
+    with pytest.raises(ValueError, match=r"loads without running code: \.metadata names posix\.mkdir"):
+        read_identity(sharded)
+    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
+        read_weights(sharded)
     assert not mark.exists()
 
 

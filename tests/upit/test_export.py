@@ -68,6 +68,28 @@ def test_weights_that_do_not_fit_are_named_and_leave_no_output(model, data, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def scores_at(step: int) -> dict:
+    scores = {"loss": 1.25, "exact_match": 0.5}
+    return {"step": step, "domains": {"letters": scores, "sums": scores}, "average": scores}
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "reached"),
+    [
+        ("dense", 5, ["base"]),
+        ("dense", 6, ["base", "dense"]),
+        ("moe", 6, ["base", "dense", "swap"]),
+        ("moe", 9, ["base", "dense", "swap"]),
+        ("moe", 10, ["base", "dense", "swap", "final"]),
+    ],
+)
+def test_the_card_has_no_scores_of_a_later_model(dense, tmp_path, phase, step, reached):
+    steps = {"base": 0, "dense": 6, "swap": 6, "final": 10}
+    write_json(tmp_path / "report.json", {"stages": {stage: scores_at(at) for stage, at in steps.items()}})
+    card = model_card(identity_of(dense, phase=phase, swap_step=6) | {"global_step": step}, tmp_path, name="mine")
+    assert [stage for stage in steps if f"| {stage} |" in card] == reached
+
+
 def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
     moe = model.config.model_type == "mixtral"
     lineage = [
@@ -79,13 +101,13 @@ def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
         {"expert": 4, "kind": "checkpoint", "path": "there"},
     ]  # fmt: skip
     write_json(tmp_path / "upcycling/lineage.json", lineage)
-    stage = {"domains": {"letters": {}, "sums": {}}, "average": {"loss": 1.25, "exact_match": 0.5}}
-    write_json(tmp_path / "report.json", {"stages": {"final": stage}})
-    identity = identity_of(model, phase="moe" if moe else "dense", swap_step=6)
+    write_json(tmp_path / "report.json", {"stages": {"dense": scores_at(6)}})
+    identity = identity_of(model, phase="moe" if moe else "dense", swap_step=6) | {"global_step": 6}
     card = model_card(identity, tmp_path, name="mine")
     assert "arXiv:2410.01610" in card
     assert "letters, sums" in card
-    assert "| final | 1.2500 | 50.0% |" in card
+    assert "| dense | 1.2500 | 50.0% |" in card
+    assert "trained for 6 optimizer steps" in card
     assert 'from_pretrained("mine")' in card
     assert ("4 experts, top-2" in card) == moe
     assert ("checkpoint of step 12 (epoch 0.50)" in card) == moe
@@ -95,4 +117,5 @@ def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
 
 
 def test_a_card_needs_no_run(model, tmp_path):
-    assert "# mine" in model_card(identity_of(model, phase="dense", swap_step=None), tmp_path, name="mine")
+    identity = identity_of(model, phase="dense", swap_step=None) | {"global_step": 1}
+    assert "# mine" in model_card(identity, tmp_path, name="mine")

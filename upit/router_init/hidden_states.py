@@ -20,6 +20,8 @@ from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, Seeds, to_device
 from upit.sharding import local, local_slices
 
+BATCH_TOKENS = 8192  # with padding
+
 
 @torch.no_grad()
 def load_mean(dense: PreTrainedModel, experts: Sequence[Expert]) -> None:
@@ -37,7 +39,6 @@ def _visit(
     data,
     consume: Callable[[Sequence[Tensor], Tensor], None],
     *,
-    max_tokens: int = 8192,
     autocast: Autocast,
     track: Callable[[Iterable], Iterable],
 ) -> None:
@@ -49,7 +50,7 @@ def _visit(
     device = next(dense.parameters()).device
     owner = dict(zip(seeds.indices, seeds.expert_S.tolist(), strict=True))
     lengths = {index: len(data.train_set[index]["input_ids"]) for index in seeds.indices}
-    for group, counts in track(own_share(length_grouped(seeds.indices, lengths, max_tokens=max_tokens))):
+    for group, counts in track(own_share(length_grouped(seeds.indices, lengths, max_tokens=BATCH_TOKENS))):
         batch = collate([[index] for index in group], data.train_set, pad_id=data.tokenizer.pad_token_id)
         batch = to_device(batch, device)
         with autocast(), ffn_inputs_of(dense) as inputs:

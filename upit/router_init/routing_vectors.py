@@ -21,6 +21,7 @@ from upit.forward import ffn_inputs_of, response_losses
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
+from upit.sharding import average_gradients
 
 
 class RoutingVectors(RouterInit):
@@ -178,8 +179,7 @@ def optimise_routing_vectors(
             if experts:
                 loss = loss + alpha * losses_L.sum() / share[1]
             loss.backward()
-            if vectors_DH.grad is not None:
-                all_sum(vectors_DH.grad).div_(world_size())
+            average_gradients([vectors_DH, *experts])
             optimizer.step()
     dense.zero_grad()
     return vectors_DH.detach()

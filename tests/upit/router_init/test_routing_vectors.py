@@ -1,7 +1,13 @@
 """Routing vectors: what the pre-optimisation raises, what its settings do, and what is reused."""
 
+import copy
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from tests.upit.conftest import expert_tensors, make_data
 from upit.examples import PADDING, collate
@@ -73,6 +79,27 @@ def test_the_seed_decides_start_and_order(dense):
 
 def test_an_empty_bucket_gives_the_starting_vectors(dense):
     assert torch.equal(optimise(dense, bucket=[], seed=1), optimise(dense, seed=1, epochs=0))
+
+
+def optimise_on_rank(rank: int, folder: Path, dense) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dense = copy.deepcopy(dense)  # the two processes share the memory of what they were given
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    vectors_DH = optimise(dense, expert_lr=1e-2, batch_size=4)
+    torch.save({"vectors": vectors_DH, **expert_tensors(dense)}, folder / f"rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_with_whole_parameters_equal_one(dense, tmp_path):
+    """As under DDP: nothing but the pre-optimisation itself averages the experts' gradients."""
+    mp.spawn(optimise_on_rank, (tmp_path, dense), nprocs=2)
+    one = {"vectors": optimise(dense, expert_lr=1e-2, batch_size=4), **expert_tensors(dense)}
+    two = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, tensor in one.items():
+        assert torch.equal(two[0][name], two[1][name]), name
+        torch.testing.assert_close(two[0][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_padding_does_not_count(dense):
