@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 setup: $(VENV)/.ready
 
-# torch first and pinned: an unpinned torch would bring gigabytes of CUDA along.
+# torch first and pinned: whatever comes after it keeps that build.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (several minutes on a fresh machine)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from callbacks.scalars import log_now
 from upit.collapse import balance_of, collapsed
 from upit.distributed import all_sum
 from upit.examples import PADDING
@@ -87,8 +88,7 @@ class CollapseGuard(Callback):
     def _look(self, trainer, module) -> None:
         share_DE, entropy_D = balance_of(all_sum(self.counts_DE).cpu())  # type: ignore[arg-type]
         self.counts_DE = None
-        module.log("router/min_share", float(share_DE.min()), batch_size=1, rank_zero_only=True)
-        module.log("router/min_entropy", float(entropy_D.min()), batch_size=1, rank_zero_only=True)
+        log_now(trainer, {"router/min_share": float(share_DE.min()), "router/min_entropy": float(entropy_D.min())})
         lines = collapsed(share_DE, entropy_D, min_share=self.min_share, min_entropy=self.min_entropy)
         if lines:
             warnings.warn(

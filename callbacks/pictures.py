@@ -58,11 +58,5 @@ def tensorboards(trainer) -> list:
     return [logger.experiment for logger in loggers] if rank() == 0 else []
 
 
-def log_now(trainer, values: dict[str, float], step: int | None = None) -> None:
-    """Log scalars at a step, the present one by default, whatever ``log_every_n_steps`` is."""
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step if step is None else step)
-
-
 def bar(text: str):
     return lambda items: tqdm(items, desc=text, leave=False, disable=rank() > 0)

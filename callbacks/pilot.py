@@ -1,7 +1,8 @@
 """The checkpoints before they become experts: scores per domain, and distance travelled."""
 
-from callbacks.pictures import Pictures, bar, log_now, run_of
+from callbacks.pictures import Pictures, bar, run_of
 from callbacks.protocol import UpcyclingModule
+from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.pilot import distances, score_checkpoints, specialist_gain
 from upit.pool import Pool

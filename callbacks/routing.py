@@ -4,8 +4,9 @@ import time
 
 from typing_extensions import override
 
-from callbacks.pictures import Pictures, bar, log_now, run_of
+from callbacks.pictures import Pictures, bar, run_of
 from callbacks.protocol import UpcyclingModule
+from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.metrics import DomainRouting, summary
 from upit.routing import count_heldout, domain_routing, expert_choices, token_view

@@ -4,8 +4,9 @@ from typing import Any
 
 from typing_extensions import override
 
-from callbacks.pictures import Pictures, log_now, run_of
+from callbacks.pictures import Pictures, run_of
 from callbacks.protocol import UpcyclingModule
+from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.pilot import domain_losses
 

@@ -1,6 +1,5 @@
 """The swap: expand the harvested experts, initialise the router, and let the module become a MoE mid-run."""
 
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -10,11 +9,13 @@ from pathlib import Path
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.harvest import ExpertHarvest
 from callbacks.protocol import require_upcycling
+from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, check_counts, expand
@@ -53,6 +54,8 @@ class Upcycling(Callback):
         seed: of all that is drawn (alphas, masks, noise, seed data, starting vectors); default the run's
             ``seed_everything``.
     Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
+
+    A metric of one phase does not exist in the other: ``EarlyStopping`` on ``moe/val_loss`` needs ``strict: false``.
     """
 
     def __init__(
@@ -157,6 +160,14 @@ class Upcycling(Callback):
             self.upcycle(trainer, pl_module)
             self._notify(trainer, pl_module, "on_upcycling_end")
 
+    @override
+    def on_train_end(self, trainer, pl_module) -> None:
+        if pl_module.phase == "dense":
+            rank_zero_warn(
+                f"the fit ended at step {trainer.global_step}, before the swap at step {pl_module.swap_step}: "
+                "the model is still dense. If EarlyStopping ended it, let it watch moe/val_loss with strict=False"
+            )
+
     def upcycle(self, trainer, module) -> None:
         """Expand, score the seed data, initialise the router, swap."""
         run = Path(trainer.default_root_dir) / "upcycling"
@@ -199,7 +210,7 @@ class Upcycling(Callback):
         self.drift = drift(module.lm, before, data, self.drift_examples, autocast=module.autocast)
         module.train()
         self.expansion, self.seeds = expansion, seeds
-        trainer.lightning_module.log("moe/swap_drift_kl", self.drift, batch_size=1, rank_zero_only=True)
+        log_now(trainer, {"moe/swap_drift_kl": self.drift})
 
     def _expand(self, pool: list[Expert], base: Expert, num_experts: int, scorer: SeedScorer, run: Path) -> Expansion:
         expansion = expand(
@@ -249,9 +260,8 @@ def follow_module(trainer) -> None:
 
 def _widen_fast_dev_run(trainer) -> None:
     """Give ``fast_dev_run`` the four optimizer steps that all the stages need: two dense, two MoE."""
-    batches = 4 * trainer.accumulate_grad_batches
-    trainer.limit_train_batches = batches
-    trainer.fit_loop.epoch_loop.max_steps = max(4, math.ceil(batches / trainer.accumulate_grad_batches))
+    trainer.limit_train_batches = 4 * trainer.accumulate_grad_batches
+    trainer.fit_loop.epoch_loop.max_steps = 4
 
 
 __all__ = ["Upcycling", "follow_module"]

@@ -51,6 +51,12 @@ class UpITModule(CausalLMModule):
         if self.phase == "moe":  # before it, the swap is where this run's config puts it
             self.swap_step = identity["swap_step"]
 
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.phase == "dense":  # what can't be upcycled is refused before it is trained
+            moe_config(self.lm.config, num_experts=self.moe.num_experts, top_k=self.moe.top_k)
+
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""
         trainer, dense = self.trainer, self.lm

@@ -90,6 +90,18 @@ def test_a_second_run_goes_beside_the_first(tmp_path, monkeypatch):
     assert names == ["quickstart", "quickstart-2", "quickstart-3"]
 
 
+@pytest.mark.parametrize("launcher", ["RANK", "SLURM_PROCID"])
+def test_under_a_launcher_a_taken_directory_is_refused(tmp_path, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")  # rank 0 was faster
+    assert run_directory(tmp_path / "run", None) == tmp_path / "run"
+    monkeypatch.delenv(RUN_DIR)
+    (tmp_path / "run/experts").mkdir()
+    with pytest.raises(ValueError, match=r"default_root_dir=.* holds a run already"):
+        run_directory(tmp_path / "run", None)
+
+
 def test_an_empty_directory_is_taken(tmp_path):
     (tmp_path / "run").mkdir()
     assert run_directory(tmp_path / "run", None) == tmp_path / "run"

@@ -24,6 +24,7 @@ SUBCOMMANDS = {
 }
 STAGES = ("expand", "init-router", "upcycle", "inspect")  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
+LAUNCHERS = {"RANK", "SLURM_PROCID"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -194,7 +195,8 @@ def _train(args: list[str] | None) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
-            started_here = RUN_DIR not in os.environ and os.environ.get("RANK", "0") == "0"
+            ranks = [os.environ.get(name, "0") for name in LAUNCHERS]
+            started_here = RUN_DIR not in os.environ and set(ranks) == {"0"}
             run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
             if self.subcommand == "fit":
                 run.mkdir(parents=True, exist_ok=True)
@@ -234,7 +236,10 @@ def _train(args: list[str] | None) -> None:
 def run_directory(wanted: Path, ckpt_path: str | None) -> Path:
     """Where a run leaves its things: the wanted directory, or one beside it where that is taken.
 
-    A resumed run goes on in the directory of its checkpoint. Processes that a run starts share its directory.
+    A resumed run goes on in the directory of its checkpoint. Processes that a run starts share its directory. Under an
+    external launcher (torchrun, SLURM) no rank may choose by itself: there a directory that holds a run is refused.
+
+    Raises: ValueError: see above.
     """
     if RUN_DIR in os.environ:
         return Path(os.environ[RUN_DIR])
@@ -242,7 +247,10 @@ def run_directory(wanted: Path, ckpt_path: str | None) -> Path:
     if ckpt_path:
         found = Path(ckpt_path).resolve().parent
         run = found.parent if found.name == "checkpoints" else wanted
-    elif "RANK" not in os.environ:  # under an external launcher all ranks must agree on the name
+    elif LAUNCHERS & os.environ.keys():  # experts are written only once all ranks have passed here
+        if (run / "experts").exists():
+            raise ValueError(f"trainer.default_root_dir={str(run)!r} holds a run already; name another directory")
+    else:
         taken = 2
         while run.exists() and any(run.iterdir()):
             run, taken = wanted.with_name(f"{wanted.name}-{taken}"), taken + 1

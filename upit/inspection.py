@@ -51,10 +51,9 @@ def _print_run(run: Run, console: Console) -> None:
         _print_matrix("Similarity of the MoE's experts", run.similarity, console)
     if run.report:
         print_report(run.report, run.lineage or [], run.directory, console)
-    elif run.lineage:
-        counts = run.seeds["counts"] if run.seeds else [""] * len(run.lineage)
-        rows = [[entry["expert"], origin(entry), n] for entry, n in zip(run.lineage, counts, strict=True)]
-        _print_rows("Experts", ["expert", "origin", "seed examples"], rows, console)
+    if run.lineage and not (run.report and run.report["seed_counts"]):  # not yet at the swap
+        rows = [[entry["expert"], origin(entry)] for entry in run.lineage]
+        _print_rows("Experts", ["expert", "origin"], rows, console)
 
 
 def _print_pool(pool: Pool, console: Console) -> None:

@@ -27,7 +27,7 @@ def print_report(
     table.add_row("average", *[_cell(scores["average"]) for scores in stages.values()], style="bold")
     console.print(table)
 
-    if lineage:
+    if lineage and report["seed_counts"]:  # empty until the swap
         experts = Table(title=f"{report['num_experts']} experts, top-{report['top_k']}")
         experts.add_column("expert", justify="right")
         experts.add_column("origin")

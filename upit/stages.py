@@ -47,7 +47,7 @@ def upcycle(
             theirs; wildcards are expanded.
         output: directory to write.
         top_k: experts a token.
-        router: initialisation of the router; default Random, the only one that needs no data.
+        router: initialisation of the router; default Random; it and FromFile need no data.
         dtype: of the output; default the inputs'.
         data: data module that the router's seed data is drawn from.
         seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
@@ -140,13 +140,15 @@ def expand(
     _check_apart(pool.directory, [base, *experts])
     for expert in found:
         check_shapes(expert, origin)
-    if overwrite:
-        shutil.rmtree(pool.directory, ignore_errors=True)
-    elif pool.manifest_file.exists():
+    if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
+    if any(file.suffix not in (".safetensors", ".json") for file in pool.directory.glob("*")):
+        raise FileExistsError(f"output={output!r} holds more than a pool; name another directory")
     estimate = _expansion_estimate(origin, max(num_experts, len(found)), num_experts)
     print(f"{len(found)} experts to {num_experts}: needs {estimate}")
     estimate.check(pool.directory)
+    if overwrite:
+        shutil.rmtree(pool.directory, ignore_errors=True)
     # with a thread for every core, each operation waits for the core that something else is using
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     _keep_freed_memory()

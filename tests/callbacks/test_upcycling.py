@@ -1,8 +1,12 @@
 """The swap: what is refused before training, on which boundary it happens, and whom it tells."""
 
+import csv
+
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import ExpertHarvest, Upcycling
 from lightning_modules import DenseModule
@@ -41,6 +45,37 @@ def test_experts_must_be_harvested(make_data, tmp_path):
 def test_a_module_that_cannot_upcycle_is_refused(make_data, tmp_path):
     with pytest.raises(TypeError, match=r"needs a module that passes from dense to MoE.*DenseModule"):
         fit(tmp_path, make_data(), [Upcycling(at_step=4), ExpertHarvest()], module=DenseModule(config=TINY))
+
+
+def test_a_dense_model_that_cannot_be_upcycled_is_refused_before_training(make_data, tmp_path):
+    module = make_module()
+    module.dense.config = TINY | {"attention_bias": True}
+    with pytest.raises(ValueError, match="attention_bias"):
+        fit(tmp_path, make_data(), make_callbacks(report=False), module=module)
+    assert not (tmp_path / "experts").exists()
+
+
+def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):
+    stop = EarlyStopping("dense/val_loss", patience=0, min_delta=99.0)
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}, report=False), stop]
+    with pytest.warns(UserWarning, match="ended at step 4, before the swap at step 5"):
+        fit(tmp_path, make_data(), callbacks, limit_train_batches=2, max_epochs=6, max_steps=-1)
+
+
+def test_early_stopping_on_a_metric_of_the_moe(make_data, tmp_path):
+    stop = EarlyStopping("moe/val_loss", strict=False, patience=0, min_delta=99.0)
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False), stop]
+    trainer = fit(tmp_path, make_data(), callbacks, limit_train_batches=2, max_epochs=6, max_steps=-1)
+    assert trainer.lightning_module.phase == "moe"
+    assert trainer.global_step == 8
+
+
+def test_the_drift_is_logged_once_at_the_swap(make_data, tmp_path):
+    callbacks = make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(tmp_path, make_data(), callbacks, max_steps=6, logger=logger, log_every_n_steps=50)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["moe/swap_drift_kl"]] == ["4"]
 
 
 class Watch(Callback):

@@ -47,11 +47,13 @@ main()
 
 def write_config(run: Path, cache: Path) -> Path:
     config = small_config(run, cache)
-    config["trainer"]["callbacks"][-1] = {  # in place of the report
+    harvest, upcycling = config["trainer"]["callbacks"][:2]  # without the report and the pictures
+    upcycling["init_args"]["router"]["init_args"]["epochs"] = 3
+    checkpoint = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1},
     }
-    config["trainer"]["callbacks"][1]["init_args"]["router_epochs"] = 3
+    config["trainer"]["callbacks"] = [harvest, upcycling, checkpoint]
     file = run.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
     return file

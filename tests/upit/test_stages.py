@@ -1,5 +1,7 @@
 """The stages on files, from the command line."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -140,8 +142,16 @@ def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, mon
         expand(checkpoints, pool)
     with pytest.raises(SystemExit, match="is one of the inputs"):
         run("expand", base=pool, experts=[str(pool)], output=pool, num_experts=5, overwrite="true")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        with pytest.raises(SystemExit, match="disk"):
+            expand(checkpoints, pool, num_experts=3, overwrite="true")
+    assert len(Pool.load(pool).experts) == 4, "what can't be replaced stays"
     expand(checkpoints, pool, num_experts=3, overwrite="true")
     assert len(Pool.load(pool).experts) == 3
+    (pool / "thesis.tex").write_text("")
+    with pytest.raises(SystemExit, match="holds more than a pool"):
+        expand(checkpoints, pool, overwrite="true")
 
 
 def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
@@ -241,6 +251,18 @@ def test_inspect_shows_a_pool_and_a_model(checkpoints, tmp_path, capsys):
     assert shown.count("1.0000 (1.0000 to 1.0000)") == 2  # identical experts, in both layers
     with pytest.raises(SystemExit, match="is no run"):
         main(["inspect", str(tmp_path)])
+
+
+def test_inspect_shows_a_run_that_has_not_swapped_yet(finished, tmp_path, capsys):
+    folder, _, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    report = json.loads((folder / "report.json").read_text())
+    changes = {"seed_counts": [], "num_experts": None, "stages": {"base": report["stages"]["base"]}}
+    (tmp_path / "run/report.json").write_text(json.dumps(report | changes))
+    main(["inspect", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert "checkpoint of step 3" in shown
+    assert "None" not in shown
 
 
 def test_inspect_shows_a_run_and_its_checkpoint(finished, capsys):
