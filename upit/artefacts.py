@@ -35,7 +35,7 @@ class Run:
 
     @cached_property
     def similarity(self) -> list[list[float]] | None:
-        """Cosine similarity of the experts' task vectors."""
+        """How alike the experts are, by the run's own measure."""
         return self._read("upcycling/similarity.json")
 
     @cached_property

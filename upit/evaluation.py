@@ -81,7 +81,7 @@ def evaluate(
     rows = [dataset[i] for i in range(len(dataset))]
     indices = list(range(len(rows)))
     loss_S, tokens_S = score_examples(
-        model, indices, rows, pad_id=tokenizer.pad_token_id, max_tokens=max_tokens, autocast=autocast
+        model, indices, rows, pad_id=tokenizer.pad_token_id, max_tokens=max_tokens, autocast=autocast, track=track
     )
     budgets = [max_new_tokens or answer_budget(row) for row in rows]
     right_S = torch.zeros(len(rows), dtype=torch.float64, device=next(model.parameters()).device)

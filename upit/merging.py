@@ -23,7 +23,8 @@ def task_vector(tensor: Tensor, base: Tensor) -> Tensor:
 def drop_mask(shape: torch.Size, drop_rate: float, generator: torch.Generator) -> Tensor:
     """Random mask of DARE: True keeps a parameter, with probability ``1 - drop_rate`` to within 2**-17.
 
-    Drawn 16 bits a parameter from a SFC64 stream that the generator seeds: 13 times faster than ``torch.rand``.
+    Drawn 16 bits a parameter from a SFC64 stream that the generator seeds, since ``torch.rand`` is slow
+    (docs/performance.md).
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     bits = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.uint16)[: shape.numel()]
