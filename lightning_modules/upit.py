@@ -54,7 +54,7 @@ class UpITModule(CausalLMModule):
     @override
     def configure_model(self) -> None:
         super().configure_model()
-        if self.phase == "dense":  # what can't be upcycled is refused before it is trained
+        if self.dense.model is not None:  # what can't be upcycled is refused before it is trained
             moe_config(self.lm.config, num_experts=self.moe.num_experts, top_k=self.moe.top_k)
 
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
