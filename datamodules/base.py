@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 import warnings
 from abc import abstractmethod
@@ -40,7 +41,9 @@ class ConversationDataModule(L.LightningDataModule):
             data is prepared as without it, so the tokenizer is the same.
         predict_file: JSONL with ``prompt`` or ``messages``, for ``upit predict``.
         num_workers: processes that build training batches.
-        seed: of the packing and the order.
+        seed: of all that makes the data: questions, split, and what is packed or grouped together.
+        order_seed: of the order of the rows, another in each epoch; default the run's ``seed_everything``, so that
+            runs of several seeds see the same data in other orders.
         cache_dir: where tokenised data is kept under a fingerprint of all it depends on.
     """
 
@@ -54,6 +57,7 @@ class ConversationDataModule(L.LightningDataModule):
         predict_file: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        order_seed: int | None = None,
         cache_dir: str = ".cache/upit",
     ) -> None:
         super().__init__()
@@ -68,6 +72,7 @@ class ConversationDataModule(L.LightningDataModule):
         self.predict_file = predict_file
         self.num_workers = num_workers
         self.seed = seed
+        self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if order_seed is None else order_seed
         self.cache_dir = Path(cache_dir)
         self.tokenizer: Any = None
 
@@ -178,7 +183,7 @@ class ConversationDataModule(L.LightningDataModule):
     def _sampler(self, rows: list, *, shuffle: bool) -> StatefulDistributedSampler:
         world, rank = self._world
         return StatefulDistributedSampler(
-            rows, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle
+            rows, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.order_seed, drop_last=shuffle
         )
 
     @override
@@ -204,7 +209,7 @@ class ConversationDataModule(L.LightningDataModule):
         return StatefulDataLoader(
             self.rows,
             batch_size=None,
-            sampler=StatefulDistributedSampler(self.rows, num_replicas=1, rank=0, shuffle=True, seed=self.seed),
+            sampler=StatefulDistributedSampler(self.rows, num_replicas=1, rank=0, shuffle=True, seed=self.order_seed),
             collate_fn=self._collate_grouped,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

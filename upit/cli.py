@@ -114,7 +114,13 @@ def _sweep(args: list[str]) -> None:
     parser.add_argument(
         "--configs", nargs="*", default=[], type=Path, help="configs to stack on the base, one at a time"
     )
-    parser.add_argument("--seeds", nargs="+", default=[0, 1, 2], type=int, help="default: 0 1 2")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        default=[0, 1, 2],
+        type=int,
+        help="of weights from scratch, order of the data and upcycling; the data stays the same. Default: 0 1 2",
+    )
     parser.add_argument("--output", required=True, type=Path, help="directory of the sweep")
     options, extra = parser.parse_known_args(args)
     from upit.sweep import plan, sweep

@@ -1,5 +1,8 @@
 """Run a list of configs over several random seeds, each in a process of its own, and compare them.
 
+A seed is the run's ``seed_everything``: weights from scratch, the order of the data, and all that upcycling draws. The
+data itself stays the same over the seeds, as ``data.seed`` makes it.
+
 A run counts as finished once ``callbacks.RunReport`` says so in its ``report.json``: every config needs that callback.
 
 <output>/<config>/seed_<n>/   a run like any other

@@ -83,6 +83,25 @@ def test_the_order_is_another_in_each_epoch_and_the_same_in_each_run(make_loaded
 
 
 @pytest.mark.parametrize("packing", [True, False])
+def test_the_run_s_seed_orders_the_data_and_does_not_change_it(make_loaded, packing, monkeypatch):
+    def of_run(seed, **kwargs):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        return make_loaded(packing=packing, **kwargs)
+
+    def order(module):
+        return [indices(batch) for batch in module.train_dataloader()]
+
+    one, other = of_run(1), of_run(2)
+    assert one.train_set == other.train_set
+    assert one.heldout_set == other.heldout_set
+    assert one.rows == other.rows
+    assert order(one) == order(of_run(1))
+    assert order(one) != order(other)
+    assert order(of_run(2, order_seed=1)) == order(one)
+    assert order(of_run(0)) == order(of_run(2, order_seed=0)), "data.seed's own default"
+
+
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_state_in_the_middle_of_an_epoch(make_loaded, packing, num_workers):
     loader = make_loaded(packing=packing, num_workers=num_workers).train_dataloader()
