@@ -114,9 +114,16 @@ class Upcycling(Callback):
                 f"Upcycling.non_experts={self.non_experts} averages over checkpoints, but those of "
                 f"source={self.source} come without the parameters it needs; use upit.non_experts.Last"
             )
+        self._check_choices(trainer, pl_module)
         self.harvest = self._harvest_of(trainer)
         self.harvest.keep_rest = self.non_experts.of_pool
         self._plan(trainer, pl_module)
+
+    def _check_choices(self, trainer, module) -> None:
+        dense = module.outline()
+        self.source.check(dense, trainer.datamodule.tokenizer)
+        self.non_experts.check(dense)
+        self.router.check(dense.config, module.moe.num_experts)
 
     def _harvest_of(self, trainer) -> ExpertHarvest:
         for callback in trainer.callbacks:

@@ -3,12 +3,12 @@
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
 from upit.examples import Batch
-from upit.models import build, check_tokenizer, load_pretrained, scratch_config
+from upit.models import build, check_tokenizer, load_pretrained, read_config, scratch_config
 
 
 class DenseModule(CausalLMModule):
@@ -30,14 +30,21 @@ class DenseModule(CausalLMModule):
         self.source = model
         self.config = config
 
-    @override
-    def load(self) -> PreTrainedModel:
+    def architecture(self) -> PretrainedConfig:
+        """Config of the model that it starts from, known before that is built."""
         tokenizer = self.trainer.datamodule.tokenizer
         if self.config is not None:
-            return build(scratch_config(self.config, tokenizer))
-        model = load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)
-        check_tokenizer(model.config, tokenizer, source=str(self.source))
-        return model
+            return scratch_config(self.config, tokenizer)
+        config = read_config(str(self.source), trust_remote_code=self.trust_remote_code)
+        check_tokenizer(config, tokenizer, source=str(self.source))
+        return config
+
+    @override
+    def load(self) -> PreTrainedModel:
+        config = self.architecture()
+        if self.config is not None:
+            return build(config)
+        return load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)
 
     @override
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

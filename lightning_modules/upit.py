@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
 from upit.families import moe_config
-from upit.models import build
+from upit.models import build, outline
 from upit.pool import Expert
 from upit.upcycling import upcycle
 
@@ -51,11 +52,14 @@ class UpITModule(CausalLMModule):
         if self.phase == "moe":  # before it, the swap is where this run's config puts it
             self.swap_step = identity["swap_step"]
 
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.dense.model is not None:  # what can't be upcycled is refused before it is trained
-            moe_config(self.lm.config, num_experts=self.moe.num_experts, top_k=self.moe.top_k)
+    def outline(self) -> PreTrainedModel:
+        """The dense model without weights, as it will be once built.
+
+        Raises: ValueError: it can't be upcycled.
+        """
+        config = self.dense.architecture()
+        moe_config(config, num_experts=self.moe.num_experts, top_k=self.moe.top_k)
+        return outline(config)
 
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from upit.ahead import ahead
+from upit.expert_sources import check_config
 from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
 from upit.files import Estimate, fresh_directory
 from upit.pool import Expert
@@ -60,7 +61,8 @@ class Conversion:
         self.experts = list(experts)
         self.dtype = dtype or self.base[self._ffn_names[0]].dtype
         for expert in experts:
-            self._check_vocabulary(expert.file)
+            if expert.file.is_dir():  # a pool's files are of one run
+                self._check_vocabulary(expert.file)
             for name in self._ffn_names:
                 self._check_tensor(expert, name, any_dtype=dtype is not None)
         self.config.dtype = self.dtype
@@ -85,14 +87,8 @@ class Conversion:
             )
 
     def _check_vocabulary(self, path: Path) -> None:
-        """Checkpoints must be of the base's architecture and speak its language; a pool's files are of one run."""
-        if not path.is_dir():
-            return
-        own = AutoConfig.from_pretrained(path)
-        for field in ("model_type", "vocab_size", "hidden_act"):
-            theirs, ours = getattr(own, field), getattr(self.dense, field)
-            if theirs != ours:
-                raise ValueError(f"{path / 'config.json'}: {field}={theirs!r}, the base has {ours!r}")
+        """Checkpoints must be of the base's architecture and speak its language."""
+        check_config(path, self.dense)
         tokenizer = path / "tokenizer.json"
         if not _same_vocabulary(self.directory / "tokenizer.json", tokenizer):
             raise ValueError(f"{tokenizer}: its vocabulary is not that of the base {str(self.directory)!r}")

@@ -1,7 +1,7 @@
 """Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from upit.distributed import on_rank_zero
+from upit.families import is_expert
 from upit.files import digest, seeded
 from upit.pool import Expert, ExpertFileError, Pool, write_once
 from upit.scoring import fingerprint, write_ffn
 from upit.similarity import Track, untracked
 from upit.strategy import Strategy
-from upit.tensor_files import TensorFiles
+from upit.tensor_files import TensorFiles, open_tensors
 
 
 class ExpertSource(Strategy):
@@ -27,6 +28,10 @@ class ExpertSource(Strategy):
     def whole(self) -> bool:
         """Whether the experts come with the other parameters of their checkpoints."""
         return True
+
+    def check(self, dense: PreTrainedModel, tokenizer) -> None:
+        """Raises: ValueError: what would fail at the swap; called before the run, with the dense model's outline."""
+        return
 
     @abstractmethod
     def experts(
@@ -182,7 +187,7 @@ class Checkpoints(ExpertSource):
 
     Args:
         paths: transformers directories with safetensors (sharded too), or pools harvested by another run, of which
-            every expert is taken; may hold wildcards. Their architecture must be the dense model's.
+            every expert is taken; may hold wildcards. Their architecture and vocabulary must be the dense model's.
     Raises: ValueError: no path is given, one matches nothing, or is neither.
     """
 
@@ -192,7 +197,16 @@ class Checkpoints(ExpertSource):
         self.paths = paths
         for path in self._directories():
             if not _is_pool(path):
-                TensorFiles(path)
+                open_tensors(str(path), "Checkpoints.paths")
+
+    def check(self, dense, tokenizer):
+        shapes = {name: tuple(param.shape) for name, param in dense.named_parameters()}
+        for path in self._directories():
+            if not _is_pool(path):
+                check_config(path, dense.config)
+                check_vocabulary(path, tokenizer)
+            for expert in Pool.load(path).experts if _is_pool(path) else [_expert_of_model(path)]:
+                check_shapes(expert, shapes)
 
     def _directories(self) -> list[Path]:
         return directories(self.paths, field="Checkpoints.paths")
@@ -201,7 +215,7 @@ class Checkpoints(ExpertSource):
         found: list[Expert] = []
         for path in self._directories():
             for expert in experts_at(path):
-                check_shapes(expert, harvest.base)
+                check_shapes(expert, harvest.base.shapes)
                 found.append(replace(expert, origin={**expert.origin, "source": self.describe()}))
         return found
 
@@ -253,12 +267,35 @@ def _expert_of_model(path: Path) -> Expert:
     return Expert(path, tensors.stamp, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
 
 
-def check_shapes(expert: Expert, base: Expert) -> None:
-    """Raises: ExpertFileError: an expert's tensor is missing or has another shape than the dense model's."""
-    own, shapes = expert.shapes, base.shapes
-    for name in sorted(own.keys() | shapes.keys()):
-        if own.get(name) != shapes.get(name):
+def check_shapes(expert: Expert, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what an expert came with, the other parameters of its checkpoint too, to the dense model.
+
+    Args:
+        shapes: of the dense model's parameters, or of its experts' alone.
+    Raises: ExpertFileError: a tensor is missing or has another shape.
+    """
+    own = expert.shapes
+    others = {name: entry.shape for name, entry in TensorFiles(expert.rest).items()} if expert.rest else {}
+    for name in sorted(own.keys() | {name for name in shapes if expert.rest or is_expert(name)}):
+        found = own.get(name, others.get(name))
+        if found != shapes.get(name):
             raise ExpertFileError(
-                f"{expert.file}: tensor {name!r} has shape {own.get(name)}, the dense model's has {shapes.get(name)}; "
+                f"{expert.file}: tensor {name!r} has shape {found}, the dense model's has {shapes.get(name)}; "
                 "experts must share its architecture"
             )
+
+
+def check_config(path: Path, dense: PretrainedConfig) -> None:
+    """Raises: ValueError: a checkpoint directory's architecture or vocabulary is not the dense model's."""
+    own = AutoConfig.from_pretrained(path)
+    for field in ("model_type", "vocab_size", "hidden_act"):
+        theirs, ours = getattr(own, field), getattr(dense, field)
+        if theirs != ours:
+            raise ValueError(f"{path / 'config.json'}: {field}={theirs!r}, the dense model has {ours!r}")
+
+
+def check_vocabulary(path: Path, tokenizer) -> None:
+    """Raises: ValueError: a checkpoint directory has a tokenizer, and it gives tokens other ids than the run's."""
+    file = path / "tokenizer.json"
+    if file.exists() and AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{file}: its vocabulary is not that of the run's tokenizer")

@@ -30,6 +30,23 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     return _prepare(model)
 
 
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device: names and shapes, for checks before a run."""
+    with torch.device("meta"):
+        return build(config)
+
+
+def read_config(source: str, *, moe: bool = False, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Config of a pretrained causal LM; arguments and errors as for :func:`load_pretrained`."""
+    name, kwargs = resolve(source)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    if moe and config.model_type not in MOE_TYPES:
+        raise ValueError(f"{source!r} is a {config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}")
+    if not moe:
+        family_of(config)
+    return config
+
+
 def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal LM in torch's default dtype.
 
@@ -41,11 +58,7 @@ def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool =
         FileNotFoundError: no such source.
     """
     name, kwargs = resolve(source)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
-    if moe and config.model_type not in MOE_TYPES:
-        raise ValueError(f"{source!r} is a {config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}")
-    if not moe:
-        family_of(config)
+    read_config(source, moe=moe, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         name,
         attn_implementation=attention.NAME,

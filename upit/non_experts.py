@@ -12,13 +12,17 @@ from upit.families import is_expert
 from upit.pool import Expert, ExpertFileError, Rows
 from upit.sharding import local, local_slices, reshard
 from upit.strategy import Strategy
-from upit.tensor_files import TensorFiles
+from upit.tensor_files import TensorFiles, open_tensors
 
 
 class NonExperts(Strategy):
     """Gives the MoE every parameter that is no expert's."""
 
     of_pool = False  # whether the pool's experts must come with their other parameters
+
+    def check(self, dense: PreTrainedModel) -> None:
+        """Raises: ValueError: what would fail at the swap; called before the run, with the dense model's outline."""
+        return
 
     @abstractmethod
     def fill(self, dense: PreTrainedModel, pool: Sequence[Expert]) -> None:
@@ -76,9 +80,20 @@ class Named(NonExperts):
     """
 
     def __init__(self, path: str) -> None:
-        TensorFiles(Path(path))
+        open_tensors(path, "Named.path")
         self.path = path
 
+    def check(self, dense):
+        source = open_tensors(self.path, "Named.path")
+        for name, param in dense.named_parameters():
+            found = source[name].shape if name in source else None
+            if not is_expert(name) and found != tuple(param.shape):
+                raise ValueError(
+                    f"Named.path={self.path!r}: tensor {name!r} has shape {found}, the dense model's has "
+                    f"{tuple(param.shape)}; name a checkpoint of its architecture and vocabulary"
+                )
+
     def fill(self, dense, pool):
+        self.check(dense)
         source = TensorFiles(Path(self.path))
         _overwrite(dense, lambda name, where: Rows(source, name)[where])

@@ -139,7 +139,7 @@ def expand(
     pool, found, origin = Pool(Path(output)), _experts_at(experts), _base_at(base)
     _check_apart(pool.directory, [base, *experts])
     for expert in found:
-        check_shapes(expert, origin)
+        check_shapes(expert, origin.shapes)
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
     if any(file.suffix not in (".safetensors", ".json") for file in pool.directory.glob("*")):

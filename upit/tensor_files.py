@@ -102,6 +102,14 @@ class TensorFiles(Mapping[str, Entry]):
         return tensor
 
 
+def open_tensors(path: str, field: str) -> TensorFiles:
+    """The tensors at a path that someone set; an error names the field."""
+    try:
+        return TensorFiles(Path(path))
+    except TensorFileError as error:
+        raise TensorFileError(f"{field}={path!r}: {error}") from None
+
+
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:
     """Raises: TensorFileError: the tensor holds NaN or infinity."""
     # aminmax passes NaN on, and is much faster than isfinite (docs/performance.md)

@@ -7,11 +7,15 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_file
 
 from callbacks import ExpertHarvest, Upcycling
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
-from upit.router_init import RoutingVectors
+from tests.upit.tiny import dense_model
+from upit.expert_sources import Checkpoints
+from upit.non_experts import Named
+from upit.router_init import FromFile, RoutingVectors
 from upit.seed_data import LowestPerplexity
 from upit.selection import Last
 
@@ -53,6 +57,31 @@ def test_a_dense_model_that_cannot_be_upcycled_is_refused_before_training(make_d
     with pytest.raises(ValueError, match="attention_bias"):
         fit(tmp_path, make_data(), make_callbacks(report=False), module=module)
     assert not (tmp_path / "experts").exists()
+
+
+def other_model(tmp_path):
+    dense_model("llama").save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+def other_router(tmp_path):
+    save_file({"router": torch.zeros(2, 9, 32)}, tmp_path / "router.safetensors")
+    return FromFile(str(tmp_path / "router.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: {"source": Checkpoints([other_model(path)])}, r"other/config\.json: vocab_size=64"),
+        (lambda path: {"non_experts": Named(other_model(path))}, r"Named\.path=.*other'"),
+        (lambda path: {"router": other_router(path)}, r"FromFile\.path=.* of shape \(2, 9, 32\)"),
+    ],
+    ids=["source", "non_experts", "router"],
+)
+def test_choices_that_do_not_fit_the_model_are_refused_before_training(make_data, tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path / "run", make_data(), make_callbacks(upcycling=make(tmp_path), report=False))
+    assert not (tmp_path / "run/experts").exists()
 
 
 def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):

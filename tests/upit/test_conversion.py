@@ -157,8 +157,8 @@ def test_estimate_and_room(sources, tmp_path):
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("qwen3", {}, r"odd/config\.json: model_type='qwen3', the base has 'llama'"),
-        ("llama", {"vocab_size": 65}, r"odd/config\.json: vocab_size=65, the base has 64"),
+        ("qwen3", {}, r"odd/config\.json: model_type='qwen3', the dense model has 'llama'"),
+        ("llama", {"vocab_size": 65}, r"odd/config\.json: vocab_size=65, the dense model has 64"),
         (
             "llama",
             {"intermediate_size": 40},

@@ -1,10 +1,13 @@
 """Experts from every source: which ones, what is in them, and what is refused."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.upit.pools import make_pool, near, random_ffn
 from tests.upit.tiny import dense_model
@@ -16,6 +19,17 @@ from upit.pool import ExpertFileError, Pool
 @pytest.fixture
 def dense():
     return dense_model("llama")
+
+
+@pytest.fixture
+def words():
+    """Makes a tokenizer of whole words."""
+
+    def make(vocabulary):
+        model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+
+    return make
 
 
 def experts_of(source, tmp_path, dense=None, harvest=None, num_experts=3, seed=0):
@@ -118,12 +132,46 @@ def test_checkpoints_of_another_shape_are_named(tmp_path):
         experts_of(Checkpoints([str(model)]), tmp_path, harvest=Pool.load(tmp_path / "pool"))
 
 
+def saved(path, tokenizer, **fields):
+    dense_model("llama", 1, **fields).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Checkpoints([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, None),
+        ({"vocab_size": 65}, r"model/config\.json: vocab_size=65, the dense model has 64"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu', the dense model has 'silu'"),
+        ({"intermediate_size": 40}, r"tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"),
+        ({"num_key_value_heads": 4}, r"tensor 'model.layers.0.self_attn.k_proj.weight' has shape \(32, 32\)"),
+    ],
+)
+def test_checkpoints_of_another_model_are_refused_before_the_run(tmp_path, dense, words, fields, message):
+    source = saved(tmp_path / "model", words(["a", "b"]), **fields)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        source.check(dense, words(["a", "b"]))
+
+
+def test_checkpoints_of_another_vocabulary_are_refused_before_the_run(tmp_path, dense, words):
+    source = saved(tmp_path / "model", words(["a", "b"]))
+    with pytest.raises(ValueError, match=r"model/tokenizer\.json: its vocabulary is not that of the run's"):
+        source.check(dense, words(["b", "a"]))
+
+
+def test_pools_of_another_model_are_refused_before_the_run(tmp_path, dense):
+    make_pool(tmp_path / "elsewhere", 2)
+    with pytest.raises(ExpertFileError, match=r"step_0000001.safetensors: tensor .* the dense model's has \(32, 48\)"):
+        Checkpoints([str(tmp_path / "elsewhere")]).check(dense, None)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: Checkpoints([]), "Checkpoints.paths is empty"),
         (lambda path: Checkpoints([f"{path}/*/export"]), "Checkpoints.paths: nothing is at '.*/export'"),
-        (lambda path: Checkpoints([str(path)]), "holds neither model.safetensors nor"),
+        (lambda path: Checkpoints([str(path)]), r"Checkpoints\.paths=.* holds neither model.safetensors nor"),
         (lambda path: Copies(-1.0), "Copies.noise_std=-1.0 must not be negative"),
         (lambda path: DropUpcycling(1.5), r"DropUpcycling.ratio=1.5 must lie in \(0, 1\]"),
     ],

@@ -58,6 +58,22 @@ def test_named(tmp_path, pool):
         assert torch.equal(after[name], before[name] if is_expert(name) else theirs[name])
 
 
+@pytest.mark.parametrize(
+    ("fields", "name", "shape"),
+    [
+        ({"vocab_size": 65}, "model.embed_tokens.weight", r"\(65, 32\), the dense model's has \(64, 32\)"),
+        ({"num_hidden_layers": 1}, "model.layers.1.self_attn.q_proj.weight", "None, the dense model's has"),
+    ],
+)
+def test_named_of_another_model_is_refused_before_it_is_read(tmp_path, fields, name, shape):
+    dense_model("llama", **fields).save_pretrained(tmp_path / "model")
+    named = Named(str(tmp_path / "model"))
+    with torch.device("meta"):
+        dense = dense_model("llama")
+    with pytest.raises(ValueError, match=rf"Named\.path='.*model': tensor '{name}' has shape {shape}"):
+        named.check(dense)
+
+
 def test_named_refuses_an_empty_directory(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor"):
+    with pytest.raises(ValueError, match=r"Named\.path=.* holds neither model.safetensors nor"):
         Named(str(tmp_path))

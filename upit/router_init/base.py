@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from upit.pool import Expert
 from upit.scoring import Autocast, Seeds
 from upit.strategy import Strategy
-from upit.tensor_files import TensorFiles
+from upit.tensor_files import TensorFiles, open_tensors
 
 
 class RouterInit(Strategy):
@@ -22,6 +22,10 @@ class RouterInit(Strategy):
     """
 
     needs_seeds = True
+
+    def check(self, dense: PretrainedConfig, num_experts: int) -> None:
+        """Raises: ValueError: what would fail at the swap; called before the run."""
+        return
 
     @abstractmethod
     def __call__(
@@ -79,12 +83,19 @@ class FromFile(WithoutData):
     """
 
     def __init__(self, path: str) -> None:
-        TensorFiles(Path(path))
+        open_tensors(path, "FromFile.path")
         self.path = path
 
-    def weights(self, dense, num_experts, *, seed=0):
-        router_DEH = TensorFiles(Path(self.path)).read("router")
+    def check(self, dense, num_experts):
+        files = open_tensors(self.path, "FromFile.path")
+        found = files["router"].shape if "router" in files else None
         shape = (dense.num_hidden_layers, num_experts, dense.hidden_size)
-        if router_DEH.shape != shape:
-            raise ValueError(f"{self.path}: routers of shape {tuple(router_DEH.shape)}, the model needs {shape}")
-        return router_DEH
+        if found != shape:
+            raise ValueError(
+                f"FromFile.path={self.path!r} holds a router of shape {found}, the model needs {shape} "
+                "(layers, experts, hidden): write it with upit init-router from the same model and as many experts"
+            )
+
+    def weights(self, dense, num_experts, *, seed=0):
+        self.check(dense, num_experts)
+        return TensorFiles(Path(self.path)).read("router")

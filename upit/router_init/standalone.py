@@ -40,6 +40,7 @@ def initialise(
     Returns: the experts, which may have been trained along, and ``router_DEH``.
     Raises: ValueError: there is something to learn but no data, or its tokenizer is not the model's.
     """
+    router.check(config, len(experts))
     if isinstance(router, WithoutData):
         return experts, router.weights(config, len(experts), seed=seed)
     if data is None:
