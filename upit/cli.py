@@ -121,17 +121,20 @@ def _sweep(args: list[str]) -> None:
         type=int,
         help="of weights from scratch, order of the data and upcycling; the data stays the same. Default: 0 1 2",
     )
+    parser.add_argument("--jobs", default=1, type=int, help="runs at a time; default 1")
     parser.add_argument("--output", required=True, type=Path, help="directory of the sweep")
     options, extra = parser.parse_known_args(args)
     from upit.sweep import plan, sweep
 
+    if options.jobs < 1:
+        parser.error(f"--jobs={options.jobs} must be at least 1")
     try:
         cells = plan(options.config, options.configs, options.seeds, options.output, extra=extra)
     except ValueError as error:
         parser.error(str(error))
     for arguments in dict.fromkeys(cell.arguments for cell in cells):
         _check_config(arguments)
-    if sweep(cells, options.output):
+    if sweep(cells, options.output, jobs=options.jobs):
         sys.exit(1)
 
 

@@ -16,6 +16,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +82,11 @@ def last_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def fit(cell: Cell) -> bool:
+def fit(cell: Cell, log: Path | None = None) -> bool:
     """Run a cell from its last checkpoint, or anew: what an interrupted run left before its first one is removed.
 
+    Args:
+        log: file that takes what the run prints; default the terminal.
     Returns: whether it finished.
     """
     command = [sys.executable, "-m", "upit", "fit", *cell.arguments]
@@ -93,7 +97,10 @@ def fit(cell: Cell) -> bool:
     elif cell.run.exists():
         shutil.rmtree(cell.run)
     environment = {name: value for name, value in os.environ.items() if name != "UPIT_RUN_DIR"}  # each has its own
-    subprocess.run(command, env=environment, check=False)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if log is None else log.open("w") as stream:
+        subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False)
     return final_scores(cell.run) is not None
 
 
@@ -101,24 +108,31 @@ def sweep(
     cells: Sequence[Cell],
     output: Path,
     *,
+    jobs: int = 1,
     console: Console | None = None,
-    run: Callable[[Cell], bool] = fit,
+    run: Callable[[Cell, Path | None], bool] = fit,
 ) -> list[Cell]:
-    """Run all cells that are not finished; write and print the comparison after each.
+    """Run all cells that are not finished; write the comparison after each, and print it at the end.
 
+    Args:
+        jobs: runs at a time; where there are several, each prints to a ``.log`` beside its directory.
     Returns: the cells that failed; the others go on without them.
     """
     console = console or Console()
-    failed = []
-    for number, cell in enumerate(cells, start=1):
+
+    def work(cell: Cell) -> bool:
         finished = final_scores(cell.run) is not None
         state = "finished before" if finished else "resumed" if last_checkpoint(cell.run) else "started"
-        console.rule(f"{number}/{len(cells)}  {cell.config}, seed {cell.seed}: {state}")
+        console.rule(f"{cells.index(cell) + 1}/{len(cells)}  {cell.config}, seed {cell.seed}: {state}")
         console.file.flush()  # the run writes to the same terminal
-        if not finished and not run(cell):
-            failed.append(cell)
-        summary = summarise(cells)
-        write_json(output / "summary.json", summary)
+        return finished or run(cell, cell.run.with_suffix(".log") if jobs > 1 else None)
+
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for cell, done in zip(cells, pool.map(work, cells), strict=True):
+            failed += [] if done else [cell]
+            summary = summarise(cells)
+            write_json(output / "summary.json", summary)
     write_hparams(summary, output / "hparams")
     print_summary(summary, console)
     for cell in failed:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import threading
 
 import pytest
 from rich.console import Console
@@ -36,7 +37,7 @@ def loss_of(cell):
 
 
 def stand_in(done, failing=()):
-    def run(cell):
+    def run(cell, log=None):
         done.append((cell.config, cell.seed))
         if (cell.config, cell.seed) in failing:
             return False
@@ -91,6 +92,21 @@ def test_a_failure_leaves_the_others_alone(cells, tmp_path):
     assert "first, seed 0, failed" in console.export_text()
 
 
+def test_several_runs_at_a_time_each_with_its_own_log(cells, tmp_path):
+    together, logs = threading.Barrier(3, timeout=20), []
+
+    def run(cell, log):
+        together.wait()  # passes only when three runs are under way
+        logs.append(log)
+        report(cell.run, loss_of(cell))
+        return True
+
+    assert sweep(cells, tmp_path / "out", jobs=3, run=run, console=Console(quiet=True)) == []
+    assert sorted(logs) == sorted(cell.run.with_suffix(".log") for cell in cells)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert all(entry["runs"] == 2 for entry in summary.values())
+
+
 def test_one_run_has_no_deviation(cells):
     report(cells[0].run, 0.5)
     assert summarise(cells)["base"]["loss"] == {"mean": 0.5, "std": None}
@@ -105,7 +121,7 @@ def test_other_arguments_change_the_base_and_a_config_has_the_last_word(configs,
 def test_the_command_resumes_the_last_checkpoint(cells, monkeypatch):
     calls = []
     monkeypatch.setenv("UPIT_RUN_DIR", "elsewhere")
-    monkeypatch.setattr(module.subprocess, "run", lambda command, env, check: calls.append((command, env)))
+    monkeypatch.setattr(module.subprocess, "run", lambda command, env, **_: calls.append((command, env)))
     run = cells[3].run
     run.mkdir(parents=True)
     (run / "left_over").write_text("")
