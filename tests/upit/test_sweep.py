@@ -9,6 +9,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from upit import sweep as module
+from upit.files import write_json
 from upit.sweep import final_scores, last_checkpoint, plan, summarise, sweep
 
 
@@ -26,10 +27,9 @@ def cells(configs, tmp_path):
 
 
 def report(run, loss, finished=True):
-    run.mkdir(parents=True, exist_ok=True)
     scores = {"average": {"loss": loss, "exact_match": 1 - loss}}
     content = {"stages": {"base": {"average": {"loss": 9.0, "exact_match": 0.0}}, "final": scores}}
-    (run / "report.json").write_text(json.dumps({**content, "finished": True} if finished else content))
+    write_json(run / "report.json", {**content, "finished": True} if finished else content)
 
 
 def loss_of(cell):
