@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
-from upit.examples import IGNORE, PADDING, Example, collate
+from upit.examples import IGNORE, PADDING, Example, collate, length_grouped
 from upit.families import is_expert
 from upit.files import digest
-from upit.forward import ffn_inputs_of, response_losses
+from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
 from upit.sharding import average_gradients
+
+STATES_BYTES = 4 * 2**30  # of hidden states kept for a bucket, over all ranks; ours
+BATCH_TOKENS = 8192  # of a forward pass, with padding
 
 
 class RoutingVectors(RouterInit):
@@ -110,16 +113,15 @@ def _finished(vector_file: Path, key: str) -> str | None:
     return metadata["expert_sha256"] if metadata["key"] == key else None
 
 
-def routing_loss(ffn_inputs: Sequence[Tensor], vectors_DH: Tensor, mask_BT: Tensor, *, denominator: Tensor) -> Tensor:
+def routing_loss(states_DNH: Tensor, vectors_DH: Tensor, *, denominator: Tensor | float) -> Tensor:
     """``L_aux = BCE(sigmoid(h . r), 1)``, mean over tokens and layers (arXiv:2410.01610).
 
     Args:
-        ffn_inputs: one (B, T, H) tensor for each of the D layers.
+        states_DNH: what enters the FFN of each layer at N real tokens.
         vectors_DH: the expert's routing vector in each layer.
-        mask_BT: True for real tokens.
         denominator: number of real tokens to average over.
     """
-    scores_DN = torch.stack([h[mask_BT].float() @ r for h, r in zip(ffn_inputs, vectors_DH, strict=True)])
+    scores_DN = torch.einsum("dnh,dh->dn", states_DNH.float(), vectors_DH)
     return F.softplus(-scores_DN).sum() / (denominator * len(vectors_DH))
 
 
@@ -140,7 +142,8 @@ def optimise_routing_vectors(
 ) -> Tensor:
     """Pre-optimise one expert's routing vectors on its own seed bucket.
 
-    ``L = alpha * L_lm + (1 - alpha) * L_aux``. The expert's FFN already stands in ``dense``.
+    ``L = alpha * L_lm + (1 - alpha) * L_aux``. The expert's FFN already stands in ``dense``. While the expert stays as
+    it is, so do the hidden states: they are computed once for all epochs where they fit in ``STATES_BYTES``.
 
     Args:
         bucket: indices of the seed examples that the expert got; empty gives the starting vectors.
@@ -152,37 +155,79 @@ def optimise_routing_vectors(
         seed: starting vectors (normal, std 0.02, Mixtral's own) and order of the examples.
     Returns: (layers, H) float32, on the model's device.
     """
-    device = next(dense.parameters()).device
     config: Any = dense.config
     generator = torch.Generator().manual_seed(seed)
     shape = (config.num_hidden_layers, config.hidden_size)
     start = torch.randn(shape, generator=generator, dtype=torch.float32) * config.initializer_range
-    vectors_DH = nn.Parameter(start.to(device))
+    vectors_DH = nn.Parameter(start.to(next(dense.parameters()).device))
     groups: list[dict[str, Any]] = [{"params": [vectors_DH], "lr": lr}]
     experts = [param for name, param in dense.named_parameters() if is_expert(name)] if expert_lr else []
     if experts:
         groups.append({"params": experts, "lr": expert_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
 
+    def states_of(indices: Sequence[int]) -> dict[int, Tensor]:
+        return ffn_inputs_by_example(dense, indices, dataset, pad_id=pad_id, autocast=autocast)
+
+    tokens = sum(len(dataset[index]["input_ids"]) for index in bucket)
+    kept = states_of(bucket) if not experts and 4 * tokens * vectors_DH.numel() <= STATES_BYTES else None
     for _ in track(range(epochs)):
         order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
         for start_at in range(0, len(order), batch_size):
             indices = order[start_at : start_at + batch_size]
-            batch = to_device(_rank_rows(indices, dataset, pad_id), device)
-            mask_BT = batch["example_ids"] != PADDING
             dense.zero_grad()  # every parameter gets a gradient, FSDP2 can't freeze some mid-run; only experts step
             vectors_DH.grad = None
-            with autocast(), ffn_inputs_of(dense) as inputs, torch.set_grad_enabled(bool(experts)):
-                losses_L, targets_L, _ = response_losses(dense, batch)
-            share = all_sum(torch.stack([mask_BT.sum(), (targets_L != IGNORE).sum()])) / world_size()
-            loss = (1 - alpha) * routing_loss(inputs, vectors_DH, mask_BT, denominator=share[0])
             if experts:
-                loss = loss + alpha * losses_L.sum() / share[1]
+                batch = to_device(_rank_rows(indices, dataset, pad_id), vectors_DH.device)
+                loss = _joint_loss(dense, batch, vectors_DH, alpha=alpha, autocast=autocast)
+            else:
+                states = states_of(indices) if kept is None else {i: kept[i] for i in indices if i in kept}
+                states_DNH = torch.cat([vectors_DH.new_empty(shape[0], 0, shape[1]), *states.values()], dim=1)
+                count = sum(len(dataset[index]["input_ids"]) for index in indices) / world_size()
+                loss = (1 - alpha) * routing_loss(states_DNH, vectors_DH, denominator=count)
             loss.backward()
             average_gradients([vectors_DH, *experts])
             optimizer.step()
     dense.zero_grad()
     return vectors_DH.detach()
+
+
+@torch.no_grad()
+def ffn_inputs_by_example(
+    dense: PreTrainedModel,
+    indices: Sequence[int],
+    dataset: Sequence[Example],
+    *,
+    pad_id: int,
+    autocast: Autocast = nullcontext,
+) -> dict[int, Tensor]:
+    """What enters the FFN of each layer at each token of an example, (D, N, H); a collective.
+
+    Returns: by example, those of this rank's share.
+    """
+    device = next(dense.parameters()).device
+    lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
+    found = {}
+    for group, counts in own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS)):
+        batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
+        with autocast(), ffn_inputs_of(dense) as inputs:
+            response_states(dense, batch)
+        for row, index in enumerate(group if counts else []):
+            found[index] = torch.stack([h_BTH[row, : lengths[index]] for h_BTH in inputs])
+    return found
+
+
+def _joint_loss(
+    dense: PreTrainedModel, batch: dict[str, Tensor], vectors_DH: Tensor, *, alpha: float, autocast: Autocast
+) -> Tensor:
+    """``L`` of an expert that trains along with its vectors; its mean over the ranks is that of all their tokens."""
+    mask_BT = batch["example_ids"] != PADDING
+    with autocast(), ffn_inputs_of(dense) as inputs:
+        losses_L, targets_L, _ = response_losses(dense, batch)
+    share = all_sum(torch.stack([mask_BT.sum(), (targets_L != IGNORE).sum()])) / world_size()
+    states_DNH = torch.stack([h_BTH[mask_BT] for h_BTH in inputs])
+    auxiliary = routing_loss(states_DNH, vectors_DH, denominator=share[0])
+    return alpha * losses_L.sum() / share[1] + (1 - alpha) * auxiliary
 
 
 def _rank_rows(indices: Sequence[int], dataset: Sequence[Example], pad_id: int) -> dict[str, Tensor]:

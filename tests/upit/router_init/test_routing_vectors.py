@@ -196,3 +196,15 @@ def test_impossible_settings_are_refused(wrong):
     field, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"RoutingVectors.{field}={value} must"):
         RoutingVectors(**wrong)
+
+
+def test_hidden_states_are_computed_once_where_they_fit(dense, monkeypatch):
+    passes = []
+    original = routing_vectors.response_states
+    monkeypatch.setattr(routing_vectors, "response_states", lambda *a: passes.append(1) or original(*a))
+    kept = optimise(dense, range(6), epochs=3, batch_size=2)
+    assert len(passes) == 1
+    monkeypatch.setattr(routing_vectors, "STATES_BYTES", 0)
+    again = optimise(dense, range(6), epochs=3, batch_size=2)
+    assert len(passes) == 1 + 3 * 3
+    torch.testing.assert_close(kept, again)
