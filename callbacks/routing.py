@@ -1,6 +1,7 @@
 """Who gets which tokens, right after the swap and at every validation after it."""
 
 import time
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -8,7 +9,7 @@ from callbacks.pictures import Pictures, bar, run_of
 from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
-from upit.metrics import DomainRouting, summary
+from upit.metrics import SUMMARY, DomainRouting, summary
 from upit.routing import count_heldout, domain_routing, expert_choices, token_view
 
 DRAWING = 0.01
@@ -23,6 +24,8 @@ class RoutingPicture(Pictures):
     """
 
     tags = ("router/domains", "router/load", "router/over_time", "router/tokens")
+
+    metrics: ClassVar = {"moe": tuple(f"router/{name}" for name in SUMMARY)}
 
     def __init__(self) -> None:
         self.metric: DomainRouting | None = None

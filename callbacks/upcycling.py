@@ -150,7 +150,10 @@ class Upcycling(Callback):
         if not points:
             raise ValueError(f"Upcycling.{said} (step {step}) comes before the first harvest; harvest earlier")
         num_experts = module.moe.num_experts
-        check_counts(self.source.count(len(points), num_experts), num_experts)
+        available = self.source.count(len(points), num_experts)
+        check_counts(available, num_experts)
+        if num_experts > available:
+            self.parents.check(self.source.metrics(module.metrics_by(points[-1])))
         self._seed_indices(trainer, num_experts)
         module.plan_swap(step)
 

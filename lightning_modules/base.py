@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from typing_extensions import override
 
+from lightning_modules.monitors import check_monitors
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.evaluation import Scores, answer_budget, evaluate, greedy_answers
@@ -75,6 +76,11 @@ class CausalLMModule(L.LightningModule):
         return self
 
     @property
+    def phases(self) -> "list[CausalLMModule]":
+        """The modules that are active in turn."""
+        return [self]
+
+    @property
     def lm(self) -> PreTrainedModel:
         """The causal LM in use."""
         model = self.active.model
@@ -97,6 +103,22 @@ class CausalLMModule(L.LightningModule):
     @abstractmethod
     def load(self) -> PreTrainedModel:
         """Build the model this module starts from."""
+
+    # --- what is logged -------------------------------------------------------------------------------
+
+    def training_metrics(self) -> set[str]:
+        """Names of what a training step logs."""
+        return {"train/loss", f"{self.phase}/lm_loss"}
+
+    def validation_metrics(self) -> set[str]:
+        """Names of what a validation logs."""
+        domains = self.trainer.datamodule.domains
+        return {"val/loss", f"{self.phase}/val_loss", *(f"val/loss/{domain}" for domain in domains)}
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_monitors(self, self.trainer)
 
     # --- building ------------------------------------------------------------------------------------
 
@@ -214,11 +236,13 @@ class CausalLMModule(L.LightningModule):
         Not ``trainer.estimated_stepping_batches``: that sets up the loader before a checkpoint's loops are
         restored, and a mid-epoch resume would then start the epoch's data anew (seen with lightning 2.6.6).
         """
-        trainer = self.trainer
-        batches = len(trainer.datamodule.train_dataloader())
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / trainer.accumulate_grad_batches)
+        return math.ceil(self.batches_per_epoch() / self.trainer.accumulate_grad_batches)
+
+    def batches_per_epoch(self) -> int:
+        """Training batches of one epoch on this rank."""
+        batches = len(self.trainer.datamodule.train_dataloader())
+        limit = self.trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole fit.

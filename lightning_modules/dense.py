@@ -32,19 +32,17 @@ class DenseModule(CausalLMModule):
 
     def architecture(self) -> PretrainedConfig:
         """Config of the model that it starts from, known before that is built."""
-        tokenizer = self.trainer.datamodule.tokenizer
         if self.config is not None:
-            return scratch_config(self.config, tokenizer)
-        config = read_config(str(self.source), trust_remote_code=self.trust_remote_code)
-        check_tokenizer(config, tokenizer, source=str(self.source))
-        return config
+            return scratch_config(self.config, self.trainer.datamodule.tokenizer)
+        return read_config(str(self.source), trust_remote_code=self.trust_remote_code)
 
     @override
     def load(self) -> PreTrainedModel:
-        config = self.architecture()
         if self.config is not None:
-            return build(config)
-        return load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)
+            return build(self.architecture())
+        model = load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)
+        check_tokenizer(model.config, self.trainer.datamodule.tokenizer, source=str(self.source))
+        return model
 
     @override
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -62,6 +62,11 @@ class MoEModule(CausalLMModule):
         return model
 
     @override
+    def training_metrics(self) -> set[str]:
+        names = super().training_metrics() | {"moe/load_balancing_loss"}
+        return names | {"moe/router_z_loss"} if self.router_z_loss_weight else names
+
+    @override
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         lm_loss = self.lm_loss(batch)
         router_logits_DTE, expert_ids_DTK = last_routing(self.lm)

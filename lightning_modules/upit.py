@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
+from lightning_modules.monitors import first_validation, logged
 from upit.families import moe_config
 from upit.models import build, outline
 from upit.pool import Expert
@@ -38,6 +39,17 @@ class UpITModule(CausalLMModule):
     @override
     def active(self) -> CausalLMModule:
         return self.dense if self.phase == "dense" else self.moe
+
+    @property
+    @override
+    def phases(self) -> list[CausalLMModule]:
+        return [self.dense, self.moe]
+
+    def metrics_by(self, step: int) -> set[str]:
+        """Names of the metrics that the dense phase has logged by an optimizer step."""
+        validated = first_validation(self.trainer, self.batches_per_epoch()) < step
+        missing = set() if validated else self.dense.validation_metrics()
+        return logged(self, self.trainer)["dense"] - missing
 
     @override
     def enter(self, identity: dict[str, Any]) -> None:

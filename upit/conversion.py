@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from upit.ahead import ahead
-from upit.expert_sources import check_config
+from upit.compatibility import check_config
 from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
 from upit.files import Estimate, fresh_directory
 from upit.pool import Expert

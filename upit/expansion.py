@@ -54,10 +54,12 @@ def expand(
         merge, parents, selection, similarity: default ``Dare()``, ``MostDissimilar()``, ``Even()``, ``Cosine()``.
         score: losses of an expert on seed examples, for a similarity that compares them.
         track: wraps the tensor names of each pass, for a progress bar.
-    Raises: ValueError: N < 1, or fewer than two experts to merge.
+    Raises: ValueError: N < 1, fewer than two experts to merge, or parents that can't be chosen.
     """
     check_counts(len(pool), num_experts)
     merge, parents, similarity = merge or Dare(), parents or MostDissimilar(), similarity or Cosine()
+    if num_experts > len(pool):
+        parents.check({name for expert in pool for name in expert.metrics})
     experts = list(pool)
     products = _products(similarity, experts, len(experts), base, score, track)
     if num_experts < len(pool):

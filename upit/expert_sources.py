@@ -1,7 +1,7 @@
 """Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from upit.compatibility import check_config, check_shapes, check_vocabulary
 from upit.distributed import on_rank_zero
-from upit.families import is_expert
 from upit.files import digest, seeded
-from upit.pool import Expert, ExpertFileError, Pool, write_once
+from upit.pool import Expert, Pool, write_once
 from upit.scoring import fingerprint, write_ffn
 from upit.similarity import Track, untracked
 from upit.strategy import Strategy
@@ -53,6 +53,10 @@ class ExpertSource(Strategy):
             output: directory for experts that are made here.
             track: wraps the tensor names of each, for a progress bar.
         """
+
+    def metrics(self, harvested: Collection[str]) -> Collection[str]:
+        """Names of the metrics that the experts come with when harvested ones have these; known before the run."""
+        return harvested
 
     @abstractmethod
     def count(self, harvested: int, num_experts: int) -> int:
@@ -224,6 +228,10 @@ class Checkpoints(ExpertSource):
         pools = [Pool.load(path) for path in self._directories() if _is_pool(path)]
         return all(expert.rest for pool in pools for expert in pool.experts)
 
+    def metrics(self, harvested):
+        pools = [Pool.load(path) for path in self._directories() if _is_pool(path)]
+        return {name for pool in pools for expert in pool.experts for name in expert.metrics}
+
     def count(self, harvested, num_experts):
         return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in self._directories())
 
@@ -265,37 +273,3 @@ def _expert_of_model(path: Path) -> Expert:
     tensors = TensorFiles(path)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return Expert(path, tensors.stamp, dtype, origin={"kind": "checkpoint", "path": str(path)}, rest=path)
-
-
-def check_shapes(expert: Expert, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what an expert came with, the other parameters of its checkpoint too, to the dense model.
-
-    Args:
-        shapes: of the dense model's parameters, or of its experts' alone.
-    Raises: ExpertFileError: a tensor is missing or has another shape.
-    """
-    own = expert.shapes
-    others = {name: entry.shape for name, entry in TensorFiles(expert.rest).items()} if expert.rest else {}
-    for name in sorted(own.keys() | {name for name in shapes if expert.rest or is_expert(name)}):
-        found = own.get(name, others.get(name))
-        if found != shapes.get(name):
-            raise ExpertFileError(
-                f"{expert.file}: tensor {name!r} has shape {found}, the dense model's has {shapes.get(name)}; "
-                "experts must share its architecture"
-            )
-
-
-def check_config(path: Path, dense: PretrainedConfig) -> None:
-    """Raises: ValueError: a checkpoint directory's architecture or vocabulary is not the dense model's."""
-    own = AutoConfig.from_pretrained(path)
-    for field in ("model_type", "vocab_size", "hidden_act"):
-        theirs, ours = getattr(own, field), getattr(dense, field)
-        if theirs != ours:
-            raise ValueError(f"{path / 'config.json'}: {field}={theirs!r}, the dense model has {ours!r}")
-
-
-def check_vocabulary(path: Path, tokenizer) -> None:
-    """Raises: ValueError: a checkpoint directory has a tokenizer, and it gives tokens other ids than the run's."""
-    file = path / "tokenizer.json"
-    if file.exists() and AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{file}: its vocabulary is not that of the run's tokenizer")

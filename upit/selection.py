@@ -4,7 +4,7 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -22,6 +22,14 @@ class Parents(Strategy):
     A pair has one child (ours: else the same pair would be chosen for ever); once every pair has one, all are free
     again.
     """
+
+    def check(self, metrics: Collection[str]) -> None:
+        """Refuse, before the run, what could not choose.
+
+        Args:
+            metrics: names of those that the experts come with.
+        """
+        return
 
     def choose(
         self,
@@ -80,10 +88,11 @@ class Best(Parents):
         self.metric = metric
         self.mode = mode
 
+    def check(self, metrics):
+        if self.metric not in metrics:
+            raise ValueError(f"Best.metric={self.metric!r}: no expert comes with it, only with {sorted(metrics)}")
+
     def cost(self, similarity, experts, generator):
-        known = sorted({name for expert in experts for name in expert.metrics})
-        if self.metric not in known:
-            raise ValueError(f"Best.metric={self.metric!r}: no expert has it; metrics noted at the harvest: {known}")
         sign = 1.0 if self.mode == "min" else -1.0
         cost = torch.tensor([sign * expert.metrics.get(self.metric, sign * torch.inf) for expert in experts])
         return cost[:, None] + cost[None, :]

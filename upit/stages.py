@@ -131,8 +131,8 @@ def expand(
 
     import torch
 
+    from upit.compatibility import check_shapes
     from upit.expansion import expand as expand_pool
-    from upit.expert_sources import check_shapes
     from upit.files import write_json
     from upit.pool import Pool
 

@@ -17,7 +17,7 @@ from upit.expert_sources import Checkpoints
 from upit.non_experts import Named
 from upit.router_init import FromFile, RoutingVectors
 from upit.seed_data import LowestPerplexity
-from upit.selection import Last
+from upit.selection import Best, Last
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,33 @@ def test_choices_that_do_not_fit_the_model_are_refused_before_training(make_data
     with pytest.raises(ValueError, match=message):
         fit(tmp_path / "run", make_data(), make_callbacks(upcycling=make(tmp_path), report=False))
     assert not (tmp_path / "run/experts").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "settings", "message"),
+    [
+        ("val/los", {}, r"Best\.metric='val/los': .* 'val/loss'"),
+        ("moe/val_loss", {}, r"Best\.metric='moe/val_loss'"),
+        (
+            "val/loss",
+            {"val_check_interval": 6},
+            r"Best\.metric='val/loss': .* only with \['dense/lm_loss', 'train/loss'\]",
+        ),
+    ],
+)
+def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
+    make_data, tmp_path, metric, settings, message
+):
+    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best(metric)}, report=False)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, make_data(), callbacks, **{"val_check_interval": 2, **settings})
+    assert not (tmp_path / "experts").exists()
+
+
+def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
+    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("val/loss")}, report=False)
+    trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=5, max_steps=7)
+    assert trainer.lightning_module.phase == "moe"
 
 
 def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):

@@ -77,6 +77,15 @@ def test_fewer_experts_than_checkpoints(pool, tmp_path):
     assert len(found.similarity) == 2
 
 
+def test_parents_that_cannot_be_chosen_are_refused_before_anything_is_compared(pool, tmp_path):
+    def track(names, what=""):
+        raise AssertionError("compared for nothing")
+
+    with pytest.raises(ValueError, match=r"Best\.metric='los': no expert comes with it, only with \['loss'\]"):
+        run(pool, tmp_path, parents=Best("los"), track=track)
+    assert len(run(pool, tmp_path, 3, parents=Best("los")).experts) == 3, "no parents needed"
+
+
 @pytest.mark.parametrize(("available", "wanted", "message"), [(3, 0, "at least 1"), (1, 2, "at least 2 checkpoints")])
 def test_refuses(pool, tmp_path, available, wanted, message):
     with pytest.raises(ValueError, match=message):

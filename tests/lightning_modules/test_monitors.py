@@ -1,0 +1,99 @@
+"""What is said of metrics before a fit: it is true, and a callback that would wait for one in vain is refused."""
+
+import math
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from callbacks import RoutingPicture
+from lightning_modules import DenseModule
+from lightning_modules.monitors import first_validation, logged
+from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+
+
+def fit(run, data, callbacks, *, module=None, **kwargs):
+    settings = {"logger": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+    trainer = make_trainer(run, callbacks, **settings, **kwargs)
+    trainer.fit(module or make_module(), datamodule=data)
+    return trainer
+
+
+class Seen(Callback):
+    """The metrics there are at the end of each phase, and the step of each validation."""
+
+    def __init__(self):
+        self.names, self.validations = {}, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.names[pl_module.active.phase] = set(trainer.callback_metrics)
+
+    def on_validation_start(self, trainer, pl_module):
+        self.validations.append(trainer.global_step)
+
+
+def test_the_names_are_those_of_what_is_logged(make_data, tmp_path):
+    seen = Seen()
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}, report=False), RoutingPicture(), seen]
+    module = make_module(router_z_loss_weight=0.01)
+    trainer = fit(tmp_path, make_data(), callbacks, module=module, max_steps=10, val_check_interval=2)
+    phases = logged(module, trainer)
+    assert list(phases) == ["dense", "moe"]
+    assert phases["dense"] == seen.names["dense"]
+    assert phases["moe"] | phases["dense"] == set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"val_check_interval": 2}, 2),
+        ({"val_check_interval": 0.5}, 2),
+        ({}, 4),
+        ({"check_val_every_n_epoch": 2}, 8),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 6}, 6),
+        ({"accumulate_grad_batches": 2}, 2),
+        ({"limit_val_batches": 0}, math.inf),
+    ],
+    ids=str,
+)
+def test_the_first_validation_is_where_lightning_has_it(make_data, tmp_path, settings, step):
+    seen, limits = Seen(), {"limit_train_batches": 4, "max_epochs": 2, "max_steps": -1}
+    trainer = fit(tmp_path, make_data(), [seen], module=DenseModule(config=TINY), **limits, **settings)
+    assert first_validation(trainer, 4) == step
+    assert seen.validations[:1] == ([] if math.isinf(step) else [step])
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (EarlyStopping("val_loss"), r"EarlyStopping\.monitor='val_loss': nothing logs it, only \['dense/lm_loss', "),
+        (EarlyStopping("val_loss", strict=False), r"EarlyStopping\.monitor='val_loss'"),
+        (ModelCheckpoint(monitor="val/los"), r"ModelCheckpoint\.monitor='val/los'"),
+        (
+            EarlyStopping("moe/val_loss"),
+            r"logged in the moe phase alone: set its strict to false, or monitor val/loss",
+        ),
+        (ModelCheckpoint(monitor="moe/val_loss"), r"in the moe phase alone: monitor val/loss"),
+    ],
+)
+def test_a_metric_that_nothing_logs_is_refused_before_training(make_data, tmp_path, callback, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, make_data(), [*make_callbacks(report=False), callback])
+    assert not (tmp_path / "experts").exists()
+
+
+def test_a_dense_run_has_no_metrics_of_a_moe(make_data, tmp_path):
+    with pytest.raises(ValueError, match=r"monitor='moe/val_loss': nothing logs it"):
+        fit(tmp_path, make_data(), [EarlyStopping("moe/val_loss", strict=False)], module=DenseModule(config=TINY))
+
+
+def test_a_callback_says_what_it_logs(make_data, tmp_path):
+    class Own(Callback):
+        metrics = {"dense": ("own/score",)}  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.log("own/score", float(batch_idx))
+
+    stop = EarlyStopping("own/score", check_on_train_epoch_end=True)
+    trainer = fit(tmp_path, make_data(), [Own(), stop], module=DenseModule(config=TINY), max_steps=2)
+    assert trainer.global_step == 2
