@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
@@ -33,7 +34,8 @@ class ExpertHarvest(Callback):
         at_steps: explicit optimizer steps.
         min_distance: harvest adaptively: skip a point until the experts have moved this far since the last harvest,
             relative to their norm (ours; :func:`upit.distance.distance_from`, logged as ``harvest/distance``). The
-            points above are then how often to look, and the last one before the swap is never skipped.
+            points above are then how often to look. The last one before the swap is never skipped, nor are those
+            without which too few experts would be left to upcycle from; a warning then says how far they had moved.
         dtype: of the files; default the parameters' own.
     Raises: ValueError: an interval or the distance is not positive, or two kinds of points are given.
     """
@@ -60,7 +62,8 @@ class ExpertHarvest(Callback):
         self.min_distance = min_distance
         self.dtype = DTYPES[dtype] if dtype else None
         self.keep_rest = False  # set by Upcycling where the other parameters are wanted from the pool
-        self.last_step = 0
+        self.least = 1  # experts, set by Upcycling where it needs more
+        self.steps: list[int] = []  # harvested at
         self.seen_step = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._pending: list[Future] = []
@@ -103,9 +106,28 @@ class ExpertHarvest(Callback):
         if not any(self.seen_step < point <= step for point in self._points):
             return
         self.seen_step = step
-        last = step >= self._points[-1]
-        if last or self.min_distance is None or self._distance(trainer, pl_module) >= self.min_distance:
+        left = sum(point > step for point in self._points)
+        if self._due(trainer, pl_module, left):
             self._save(trainer, pl_module, step=step)
+
+    def _due(self, trainer, module: UpcyclingModule, left: int) -> bool:
+        """Whether to harvest at a point that ``left`` more follow; a collective."""
+        if self.min_distance is None or not left:
+            return True
+        distance = self._distance(trainer, module)
+        if distance < self.min_distance and len(self.steps) + left < self.least:
+            rank_zero_warn(
+                f"ExpertHarvest.min_distance={self.min_distance} is too far: the experts moved {distance:.3g} since "
+                f"step {self.last_step}. Harvested at step {trainer.global_step} all the same, since the upcycling "
+                f"needs {self.least}"
+            )
+            return True
+        return distance >= self.min_distance
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer step of the last harvest; 0, the base's, before the first."""
+        return self.steps[-1] if self.steps else 0
 
     def _distance(self, trainer, module: UpcyclingModule) -> float:
         """How far the experts are from the last harvested; a collective."""
@@ -125,7 +147,8 @@ class ExpertHarvest(Callback):
                     # a copy of its own: the optimizer changes the parameter while the writer still reads
                     copy = whole.to("cpu", self.dtype or whole.dtype, copy=True)
                     (tensors if is_expert(name) else rest)[name] = copy
-        self.last_step = step
+        if step:
+            self.steps.append(step)
         if rank() == 0:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
@@ -171,9 +194,9 @@ class ExpertHarvest(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step, "seen_step": self.seen_step}
+        return {"steps": self.steps, "seen_step": self.seen_step}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_step = state_dict["last_step"]
+        self.steps = state_dict["steps"]
         self.seen_step = state_dict["seen_step"]

@@ -154,6 +154,8 @@ class Upcycling(Callback):
         check_counts(available, num_experts)
         if num_experts > available:
             self.parents.check(self.source.metrics(module.metrics_by(points[-1])))
+        counts = [self.source.count(harvested, num_experts) for harvested in range(1, len(points) + 1)]
+        self.harvest.least = 1 + sum(count < min(2, num_experts) for count in counts)
         self._seed_indices(trainer, num_experts)
         module.plan_swap(step)
 

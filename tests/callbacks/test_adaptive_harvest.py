@@ -6,11 +6,12 @@ import pytest
 
 from callbacks import ExpertHarvest
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from upit.expert_sources import Harvested
 from upit.pool import Pool
 
 
-def fit(make_data, run, harvest, **kwargs):
-    callbacks = make_callbacks(harvest, {"at_step": 8}, report=False)
+def fit(make_data, run, harvest, upcycling=None, **kwargs):
+    callbacks = make_callbacks(harvest, {"at_step": 8, **(upcycling or {})}, report=False)
     module = make_module()
     make_trainer(run, [*callbacks, every_step_checkpoints(run)], max_steps=9).fit(
         module, datamodule=make_data(), **kwargs
@@ -50,6 +51,16 @@ def test_resume_harvests_the_same(make_data, tmp_path, interval, distance, skips
     )
     assert again == whole
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "run/experts").glob("step*")}
+
+
+@pytest.mark.parametrize(("keep", "steps"), [("all", [6, 8]), ("first_half", [4, 6, 8])])
+def test_too_great_a_distance_leaves_as_many_as_the_upcycling_needs(make_data, tmp_path, keep, steps):
+    source = {"source": Harvested(keep)}
+    with pytest.warns(
+        UserWarning, match=rf"min_distance=9 is too far: the experts moved 0\.\d+ since step 0\. .* {steps[0]} "
+    ):
+        assert fit(make_data, tmp_path, {"every_n_steps": 2, "min_distance": 9}, source) == steps
+    assert len(json.loads((tmp_path / "upcycling/lineage.json").read_text())) == 4
 
 
 def test_refuses():
