@@ -28,7 +28,7 @@ class CollapseGuard(Callback):
         action: what to do about it beside the warning.
         factor: by how much "raise_weight" multiplies ``load_balancing_weight``, each time.
         max_weight: as far as it goes.
-    Raises: ValueError: an argument out of range, or "raise_weight" of a weight of 0.
+    Raises: ValueError: an argument out of range, or a weight that "raise_weight" can't raise.
     """
 
     def __init__(
@@ -60,8 +60,14 @@ class CollapseGuard(Callback):
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
         moe = getattr(pl_module, "moe", pl_module)
-        if stage == "fit" and self.action == "raise_weight" and not moe.load_balancing_weight:
-            raise ValueError("CollapseGuard.action=raise_weight multiplies load_balancing_weight, which is 0")
+        if stage == "fit" and self.action == "raise_weight":
+            if not moe.load_balancing_weight:
+                raise ValueError("CollapseGuard.action=raise_weight multiplies load_balancing_weight, which is 0")
+            if self.max_weight <= moe.load_balancing_weight:
+                raise ValueError(
+                    f"CollapseGuard.max_weight={self.max_weight} must be above "
+                    f"load_balancing_weight={moe.load_balancing_weight}, which raise_weight raises"
+                )
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:

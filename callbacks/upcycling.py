@@ -78,6 +78,8 @@ class Upcycling(Callback):
             raise ValueError(f"give one of at_epoch and at_step: got at_epoch={at_epoch}, at_step={at_step}")
         if not 0.0 < seed_fraction <= 1.0:
             raise ValueError(f"seed_fraction={seed_fraction} must lie in (0, 1]")
+        if drift_examples < 1:
+            raise ValueError(f"drift_examples={drift_examples} must be at least 1")
         self.at_epoch = at_epoch
         self.at_step = at_step
         self.source = source or Harvested()

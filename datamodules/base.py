@@ -19,7 +19,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from datamodules.chat import check_messages, encode
+from datamodules.chat import check_messages, check_template, encode
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
@@ -61,9 +61,8 @@ class ConversationDataModule(L.LightningDataModule):
         cache_dir: str = ".cache/upit",
     ) -> None:
         super().__init__()
-        for field, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"data.{field}={value} must be at least 1")
+        check_at_least(1, max_length=max_length, batch_size=batch_size, eval_batch_tokens=eval_batch_tokens)
+        check_at_least(0, num_workers=num_workers)
         self.max_length = max_length
         self.packing = packing
         self.batch_size = batch_size
@@ -103,7 +102,10 @@ class ConversationDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         if (self.folder / "stats.json").exists():
             return
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.cache_dir={str(self.cache_dir)!r} can't be written: {error}") from None
         with tempfile.TemporaryDirectory(prefix="unfinished.", dir=self.cache_dir) as beside:
             self._prepare(Path(beside) / "data")
             try:
@@ -115,6 +117,7 @@ class ConversationDataModule(L.LightningDataModule):
     def _prepare(self, folder: Path) -> None:
         train, heldout = self.make_rows()
         tokenizer = self.make_tokenizer(train)
+        check_template(tokenizer)
         tokenizer.save_pretrained(folder / "tokenizer")
         stats = {
             name: self._tokenise(tokenizer, rows, folder / name)
@@ -281,6 +284,13 @@ class ConversationDataModule(L.LightningDataModule):
             "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
             "index": torch.tensor([index for index, _ in rows]),
         }
+
+
+def check_at_least(least: int, **fields: int) -> None:
+    """Raises: ValueError: one of the data module's fields is below; names it."""
+    for field, value in fields.items():
+        if value < least:
+            raise ValueError(f"data.{field}={value} must be at least {least}")
 
 
 def _prompt(row: Row) -> list[dict[str, Any]]:

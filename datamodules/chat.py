@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from upit.examples import IGNORE
 
 Message = Mapping[str, str]
@@ -25,6 +27,16 @@ def check_messages(messages: Any, where: str) -> None:
     )
     if not (good and messages):
         raise ValueError(f"{where}: messages must be a list of {{role, content}}, both text; got {messages!r:.200}")
+
+
+def check_template(tokenizer) -> None:
+    """Raises: ValueError: the chat template is broken."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    try:
+        tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        where = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+        raise ValueError(f"the chat template can't be rendered{where}: {error}; set data.chat_template") from None
 
 
 def tokenise(tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:

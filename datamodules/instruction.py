@@ -52,6 +52,9 @@ class InstructionDataModule(ConversationDataModule):
         super().__init__(**kwargs)
         if (train_files is None) == (dataset is None):
             raise ValueError(f"give one of data.train_files and data.dataset: got {train_files!r} and {dataset!r}")
+        for field, files in (("train_files", train_files), ("heldout_files", heldout_files)):
+            if files == []:
+                raise ValueError(f"data.{field}=[] names no file")
         if (prompt_column is None) != (response_column is None):
             raise ValueError("data.prompt_column and data.response_column go together")
         if not 0.0 < heldout_fraction < 1.0:
@@ -146,7 +149,7 @@ class InstructionDataModule(ConversationDataModule):
         if column not in record:
             raise ValueError(
                 f"{source} has no column {column!r}, only {sorted(record)}; "
-                "set data.messages_column, or data.prompt_column and data.response_column"
+                "set data.messages_column, data.domain_column, or data.prompt_column and data.response_column"
             )
         return record[column]
 
@@ -162,7 +165,10 @@ def read_rows(path: Path, *, field: str = "data.train_files") -> list[dict[str, 
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{field}: {path} is no parquet file: {error}") from None
     if path.suffix == ".jsonl":
         return read_json_lines(path, field=field)
     if path.suffix == ".json":

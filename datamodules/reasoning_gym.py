@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -11,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
-from datamodules.base import ConversationDataModule, Row
+from datamodules.base import ConversationDataModule, Row, check_at_least
 from datamodules.chat import CHATML
 from upit.sources import content_key, load_tokenizer, template_text
 
 HELDOUT_SEED = 2**31
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
 class ReasoningGymDataModule(ConversationDataModule):
@@ -26,7 +28,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         train_size: training questions a domain.
         heldout_size: held-out questions a domain.
         tokenizer: as in :class:`InstructionDataModule`; None trains a byte-level BPE on the training text.
-        vocab_size: of the trained BPE.
+        vocab_size: of the trained BPE; the 256 bytes and its special tokens are part of it.
         chat_template: Jinja text or a file; default the tokenizer's own, ChatML for a trained one.
         system_prompt: first message of every conversation.
         trust_remote_code: allow tokenizer code that comes with the files.
@@ -48,6 +50,9 @@ class ReasoningGymDataModule(ConversationDataModule):
         super().__init__(**kwargs)
         if not families or not all(families.values()):
             raise ValueError(f"data.families={families!r}: every domain needs a family")
+        check_at_least(1, train_size=train_size, heldout_size=heldout_size)
+        if tokenizer is None:
+            check_at_least(len(SPECIAL) + len(pre_tokenizers.ByteLevel.alphabet()), vocab_size=vocab_size)
         self.families = families
         self.train_size = train_size
         self.heldout_size = heldout_size
@@ -132,10 +137,13 @@ class ReasoningGymDataModule(ConversationDataModule):
 def _dataset(family: str, settings: str, seed: int, size: int):
     import reasoning_gym
 
+    if family not in reasoning_gym.factory.DATASETS:
+        alike = get_close_matches(family, reasoning_gym.factory.DATASETS, n=5, cutoff=0.4)
+        raise ValueError(f"data.families: reasoning_gym has no family {family!r}; alike: {alike}")
     try:
         return reasoning_gym.create_dataset(family, seed=seed, size=size, **json.loads(settings))
-    except ValueError as error:
-        raise ValueError(f"data.families: {family!r}: {error}") from None
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"data.families: {family!r} can't have the settings {settings}: {error}") from None
 
 
 def train_tokenizer(texts: list[str], *, vocab_size: int, chat_template: str | None) -> PreTrainedTokenizerFast:
@@ -148,20 +156,19 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, chat_template: str | N
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(
         [*texts, "system\nuser\nassistant\n"],
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=special,
+            special_tokens=SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        pad_token=special[0],
-        bos_token=special[1],
-        eos_token=special[2],
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
         chat_template=chat_template or CHATML,
     )

@@ -56,6 +56,18 @@ class CausalLMModule(L.LightningModule):
         max_new_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        within = {
+            "lr": (lr, math.inf),
+            "weight_decay": (weight_decay, math.inf),
+            "warmup_fraction": (warmup_fraction, 1),
+        }
+        for field, (value, most) in within.items():
+            if not 0 <= value <= most:
+                raise ValueError(f"{type(self).__name__}.{field}={value} must lie in [0, {most}]")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{type(self).__name__}.betas={betas} must lie in [0, 1)")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"{type(self).__name__}.max_new_tokens={max_new_tokens} must be at least 1")
         self.lr = lr
         self.weight_decay = weight_decay
         self.betas = betas

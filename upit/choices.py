@@ -5,7 +5,14 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 
-_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+_NOISE = (
+    "Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value",
+    "Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with",
+)  # fmt: skip
+_NO_SUCH_CLASS = (
+    "has no attribute", "does not correspond to a subclass", "No module", "dot import path string", "is abstract",
+)  # fmt: skip
+_KIND = re.compile(r"<class '((?:upit|lightning|lightning_modules)\.[\w.]+)'>")
 
 
 def explain(message: str) -> str:
@@ -14,22 +21,32 @@ def explain(message: str) -> str:
     For a class that does not fit, the classes that do; for an argument that a class does not take, those it takes.
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = [line for line in lines if not line.startswith(_NOISE)]
+    kept = [line for line in lines if line and not line.startswith(_NOISE)]
     return "\n  ".join([*kept, *_classes(message), *_arguments(message)])
 
 
 def _classes(message: str) -> Iterator[str]:
-    if "has no attribute" in message or "does not correspond to a subclass" in message or "No module" in message:
-        for path in re.findall(r"<class '(upit\.[\w.]+)'>", message):
-            kind = _find(path)
-            names = ", ".join(sorted(_public_name(choice) for choice in _concrete(kind)))
-            yield f"valid choices of {kind.__name__}: {names}"
+    kinds = _KIND.findall(message)
+    if kinds and any(sign in message for sign in _NO_SUCH_CLASS):
+        kind = _find(kinds[-1])  # the innermost
+        names = ", ".join(sorted({_public_name(choice) for choice in _concrete(kind)}))
+        yield f"valid choices of {kind.__name__}: {names}"
 
 
 def _arguments(message: str) -> Iterator[str]:
     for path in re.findall(r"class_path '([\w.]+)':\s+Option '[\w.]+' is not accepted", message):
-        names = ", ".join(inspect.signature(_find(path)).parameters)
-        yield f"{path} takes: {names or 'no arguments'}"
+        yield f"{path} takes: {', '.join(_parameters(_find(path))) or 'no arguments'}"
+
+
+def _parameters(kind: type) -> Iterator[str]:
+    """Names of a class's arguments, with those that it hands on to its base."""
+    for owner in kind.__mro__:
+        if "__init__" in vars(owner):
+            _, *given = inspect.signature(vars(owner)["__init__"]).parameters.values()
+            own = [parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD]
+            yield from own
+            if len(own) == len(given):
+                return
 
 
 def _find(path: str) -> type:
@@ -38,10 +55,12 @@ def _find(path: str) -> type:
 
 
 def _concrete(kind: type) -> Iterator[type]:
+    """Classes of a kind that can be made, lightning's own left out."""
+    abstract = any(getattr(member, "__isabstractmethod__", False) for _, member in inspect.getmembers_static(kind))
+    if not abstract and not kind.__name__.startswith("_") and not kind.__module__.startswith("lightning."):
+        yield kind
     child: type
     for child in kind.__subclasses__():
-        if not inspect.isabstract(child) and not child.__name__.startswith("_"):
-            yield child
         yield from _concrete(child)
 
 

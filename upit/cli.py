@@ -208,7 +208,10 @@ def _train(args: list[str] | None) -> None:
             started_here = RUN_DIR not in os.environ and set(ranks) == {"0"}
             run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
             if self.subcommand == "fit":
-                run.mkdir(parents=True, exist_ok=True)
+                try:
+                    run.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    self.parser.error(f"trainer.default_root_dir={str(run)!r} can't be written: {error}")
                 if started_here:
                     keep_records(run)
             config.trainer.default_root_dir = str(run)

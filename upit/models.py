@@ -1,25 +1,35 @@
 """Build dense and MoE models: from pretrained weights, or from a config."""
 
+import dataclasses
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from upit import attention, experts
 from upit.families import MOE_TYPES, family_of
 from upit.forward import record_routing
-from upit.sources import resolve
+from upit.sources import loading, resolve
 
 
 def scratch_config(fields: dict[str, Any], tokenizer) -> LlamaConfig:
-    """Config of a Llama to train from scratch, its vocabulary and special tokens the tokenizer's."""
-    return LlamaConfig(
-        **{"tie_word_embeddings": True, **fields},
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    """Config of a Llama to train from scratch, its vocabulary and special tokens the tokenizer's.
+
+    Raises: ValueError: a field is unknown, the tokenizer's, or does not go with the others.
+    """
+    own = {"vocab_size": len(tokenizer)}
+    own |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    known = {field.name for field in dataclasses.fields(LlamaConfig)} - own.keys()
+    if unknown := sorted(fields.keys() - known):
+        raise ValueError(f"DenseModule.config has no field {unknown}; LlamaConfig takes {sorted(known)}")
+    if fields.get("hidden_act", "silu") not in ACT2FN:
+        raise ValueError(f"DenseModule.config.hidden_act={fields['hidden_act']!r} must be one of {sorted(ACT2FN)}")
+    try:
+        return LlamaConfig(**{"tie_word_embeddings": True, **fields}, **own)
+    except StrictDataclassError as error:
+        raise ValueError(f"DenseModule.config: {error}") from None
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -38,8 +48,9 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
 
 def read_config(source: str, *, moe: bool = False, trust_remote_code: bool = False) -> PretrainedConfig:
     """Config of a pretrained causal LM; arguments and errors as for :func:`load_pretrained`."""
-    name, kwargs = resolve(source)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    with loading("model", source):
+        name, kwargs = resolve(source)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     if moe and config.model_type not in MOE_TYPES:
         raise ValueError(f"{source!r} is a {config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}")
     if not moe:
@@ -57,8 +68,8 @@ def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool =
         ValueError: the architecture is unsupported.
         FileNotFoundError: no such source.
     """
-    name, kwargs = resolve(source)
     read_config(source, moe=moe, trust_remote_code=trust_remote_code)
+    name, kwargs = resolve(source)
     model = AutoModelForCausalLM.from_pretrained(
         name,
         attn_implementation=attention.NAME,

@@ -1,5 +1,7 @@
 """Where models and tokenizers come from: a directory, a hub id, a GGUF file, or a package that ships one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,16 @@ def resolve(source: str) -> tuple[str, dict[str, str]]:
     if looks_local and not path.exists():
         raise FileNotFoundError(f"{source!r} is no directory here; give a local directory, a hub id or a .gguf file")
     return (str(path) if path.exists() else source), {}
+
+
+@contextmanager
+def loading(field: str, source: str) -> Iterator[None]:
+    """Raises: FileNotFoundError, ValueError: why something could not be loaded, under the field that named it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"{field}={source!r} can't be loaded: {error}") from None
 
 
 def _package_file(source: str) -> Path:
@@ -69,12 +81,15 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
     Args:
         source: see :func:`resolve`.
         chat_template: Jinja text or a path to it; replaces the tokenizer's own.
-    Raises: ValueError: neither the tokenizer nor ``chat_template`` gives a chat template.
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: neither the tokenizer nor ``chat_template`` gives a chat template.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    name, kwargs = resolve(source)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    with loading("data.tokenizer", source):
+        name, kwargs = resolve(source)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     if kwargs:  # transformers 5.17 mistakes a GGUF's end of turn for its beginning; the config has it right
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(AutoConfig.from_pretrained(name, **kwargs).eos_token_id)
     if tokenizer.pad_token_id is None:

@@ -69,6 +69,8 @@ def test_resumes_within_a_window(fit, tmp_path):
 def test_refuses_to_raise_nothing(fit):
     with pytest.raises(ValueError, match="load_balancing_weight, which is 0"):
         fit(CollapseGuard(action="raise_weight"), load_balancing_weight=0.0)
+    with pytest.raises(ValueError, match=r"max_weight=0.1 must be above load_balancing_weight=0.2"):
+        fit(CollapseGuard(action="raise_weight"), load_balancing_weight=0.2)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from upit.selection import Best, Last
         ({"at_epoch": 1.0, "at_step": 3}, "one of at_epoch and at_step"),
         ({"at_step": 3, "seed_fraction": 0.0}, "seed_fraction=0.0"),
         ({"at_step": 3, "seed_fraction": 1.5}, "seed_fraction=1.5"),
+        ({"at_step": 3, "drift_examples": 0}, "drift_examples=0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

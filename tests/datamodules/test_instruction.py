@@ -357,11 +357,34 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(make_instructio
         ({"train_files": ["a.jsonl"], "heldout_fraction": 1.0}, "heldout_fraction=1.0"),
         ({"train_files": ["a.jsonl"], "max_length": 0}, "max_length=0"),
         ({"train_files": ["a.jsonl"], "batch_size": 0}, "batch_size=0"),
+        ({"train_files": ["a.jsonl"], "eval_batch_tokens": 0}, "data.eval_batch_tokens=0 must be at least 1"),
+        ({"train_files": ["a.jsonl"], "num_workers": -1}, "data.num_workers=-1 must be at least 0"),
+        ({"train_files": []}, r"data\.train_files=\[\]"),
+        ({"train_files": ["a.jsonl"], "heldout_files": []}, r"data\.heldout_files=\[\]"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make_instruction, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_instruction(**kwargs)
+
+
+def test_a_cache_that_cannot_be_written_is_named(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"data\.cache_dir='.*a\.jsonl/cache' can't be written"):
+        make_instruction(train_files=[file], cache_dir=f"{file}/cache").prepare_data()
+
+
+def test_a_broken_template_is_named_with_its_line(make_instruction, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for template, message in (("\n{% for", r"\(line 2\): unexpected"), ("{{ messages[7].x }}", "no element 7")):
+        with pytest.raises(ValueError, match=rf"template can't be rendered.*{message}.*data\.chat_template"):
+            make_instruction(train_files=[file], chat_template=template).prepare_data()
+
+
+def test_a_broken_parquet_file_is_named(make_instruction, tmp_path):
+    (tmp_path / "a.parquet").write_text("nothing")
+    with pytest.raises(ValueError, match=r"data\.train_files: .*a\.parquet is no parquet file"):
+        make_instruction(train_files=[str(tmp_path / "a.parquet")]).prepare_data()
 
 
 def test_nothing_left_to_train_on_is_refused(make_instruction, tmp_path):

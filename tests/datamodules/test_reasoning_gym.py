@@ -71,7 +71,9 @@ def test_the_families_of_a_domain_share_its_size(make_data):
     [
         ({}, "every domain needs a family"),
         ({"a": {}}, "every domain needs a family"),
-        ({"a": {"no_such_family": {}}}, "no_such_family"),
+        ({"a": {"chain_sums": {}}}, r"no family 'chain_sums'; alike: \['chain_sum'"),
+        ({"a": {"gcd": {"least": 1}}}, r"'gcd' can't have the settings .*'least'"),
+        ({"a": {"gcd": {"min_value": 9, "max_value": 2}}}, "'gcd' can't have the settings .*max_value must be"),
         (
             {"a": {"chain_sum": {"min_digits": 1, "max_digits": 1, "min_terms": 2, "max_terms": 2}}},
             "distinct questions",
@@ -81,6 +83,13 @@ def test_the_families_of_a_domain_share_its_size(make_data):
 def test_families_that_cannot_work_are_named(tmp_path, families, message):
     with pytest.raises(ValueError, match=message):
         ReasoningGymDataModule(families=families, train_size=2000, heldout_size=2, cache_dir=str(tmp_path)).make_rows()
+
+
+@pytest.mark.parametrize("wrong", [{"train_size": 0}, {"heldout_size": 0}, {"vocab_size": 258}], ids=str)
+def test_sizes_that_cannot_work_are_refused(make_data, wrong):
+    ((field, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"data.{field}={value} must be at least"):
+        make_data(**wrong)
 
 
 def test_a_trained_tokenizer_takes_its_template_from_a_file_too(make_data, tmp_path):

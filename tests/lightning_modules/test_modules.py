@@ -1,6 +1,7 @@
 """What the modules refuse, and which checkpoints they take."""
 
 import math
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,17 @@ from upit.router_init import Random
 def test_a_dense_module_starts_from_one_thing(kwargs):
     with pytest.raises(ValueError, match="give one of model and config"):
         DenseModule(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"weight_decay": -0.1}, {"warmup_fraction": 1.5}, {"betas": (0.9, 1.0)}, {"max_new_tokens": 0}],
+    ids=str,
+)
+def test_settings_of_a_later_phase_are_refused_at_once(wrong):
+    ((field, value),) = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"MoEModule.{field}={value} must ")):
+        MoEModule(**wrong)
 
 
 def test_an_upcycled_moe_is_not_loaded_too():

@@ -23,6 +23,10 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
         ),
         (["--upcycling.merge", "upit.merging.Ties", "--upcycling.merge.densty", "0.3"], "densty"),
         (["-c", "wrong.yaml"], "upit.merging.Ties takes: density"),
+        (["--upcycling.parents", "Bestt"], "valid choices of Parents: upit.selection.Best, "),
+        (["--upcycling.merge.drop_rate", "0.5"], "valid choices of Merge: upit.merging.Dare, "),
+        (["--model", "lightning_modules.Nope"], "valid choices of LightningModule: lightning_modules.DenseModule, "),
+        (["--data.foo", "1"], "system_prompt, trust_remote_code, max_length, packing, "),
         (
             ["--upcycling.merge", "upit.merging.Dare", "--upcycling.merge.drop_rate", "2"],
             "Dare.drop_rate=2.0 must lie in [0, 1)",

@@ -47,6 +47,12 @@ def test_a_directory_that_is_missing_is_named(source):
         resolve(source)
 
 
+def test_a_tokenizer_that_is_missing_is_named_with_its_field(tmp_path):
+    for source, error in (("/nowhere/at/all", FileNotFoundError), (str(tmp_path), ValueError)):
+        with pytest.raises(error, match=rf"data\.tokenizer='{source}' can't be loaded"):
+            load_tokenizer(source)
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, data):
     tokenizer = data.tokenizer
     template, tokenizer.chat_template = tokenizer.chat_template, None

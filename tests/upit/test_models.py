@@ -1,0 +1,33 @@
+"""Configs of models from scratch, and what is refused in them."""
+
+import pytest
+
+from tests.conftest import TINY
+from upit.models import outline, read_config, scratch_config
+
+
+def test_an_outline_has_names_and_shapes_and_no_weights(data):
+    model = outline(scratch_config(TINY, data.tokenizer))
+    assert {param.device.type for param in model.parameters()} == {"meta"}
+    assert tuple(model.model.embed_tokens.weight.shape) == (len(data.tokenizer), TINY["hidden_size"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_sice": 32}, r"no field \['hidden_sice'\]; LlamaConfig takes \[.*'hidden_size'"),
+        ({"vocab_size": 32}, r"no field \['vocab_size'\]"),
+        ({"hidden_size": 33}, r"DenseModule\.config: .*hidden size \(33\)"),
+        ({"hidden_size": "wide"}, r"DenseModule\.config: .*'wide'"),
+        ({"hidden_act": "swoosh"}, r"DenseModule\.config\.hidden_act='swoosh' must be one of \[.*'silu'"),
+    ],
+    ids=str,
+)
+def test_fields_that_cannot_work_are_named(data, wrong, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        scratch_config({**TINY, **wrong}, data.tokenizer)
+
+
+def test_a_source_that_is_missing_is_named_with_its_field():
+    with pytest.raises(FileNotFoundError, match=r"model='/nowhere/at/all' can't be loaded: .* no directory here"):
+        read_config("/nowhere/at/all")
