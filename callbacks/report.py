@@ -95,7 +95,8 @@ class RunReport(Callback):
     def _export(self, trainer, module) -> None:
         """Gather the model one tensor at a time (every rank takes part), write it on rank 0."""
         weights = {}
-        for name, param in module.lm.named_parameters():
+        params = list(module.lm.named_parameters())
+        for name, param in tqdm(params, "Collecting weights", leave=False, disable=rank() > 0):
             whole = full(param)
             if rank() == 0:
                 weights[name] = whole.cpu()

@@ -4,7 +4,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from callbacks.pictures import Pictures, run_of
+from callbacks.pictures import Pictures, bar, run_of
 from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
@@ -21,12 +21,16 @@ class SwapPicture(Pictures):
     tags = ("moe/swap",)
 
     def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
-        self.before = domain_losses(module.lm, trainer.datamodule, autocast=module.autocast)
+        self.before = self._losses(trainer, module)
         log_now(trainer, {"moe/phase": 0.0}, step=0)
         log_now(trainer, {"moe/phase": 0.0})
 
+    def _losses(self, trainer, module: UpcyclingModule) -> dict[str, float]:
+        track = bar("Losses around the swap")
+        return domain_losses(module.lm, trainer.datamodule, autocast=module.autocast, track=track)
+
     def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
-        after = domain_losses(module.lm, trainer.datamodule, autocast=module.autocast)
+        after = self._losses(trainer, module)
         content: dict[str, Any] = {"step": trainer.global_step, "kl": upcycling.drift}
         if rank() == 0:
             run_of(trainer).save("upcycling/swap.json", {**content, "before": self.before, "after": after})

@@ -185,9 +185,9 @@ class Upcycling(Callback):
     def upcycle(self, trainer, module) -> None:
         """Expand, score the seed data, initialise the router, swap."""
         run = Path(trainer.default_root_dir) / "upcycling"
-        data, dense = trainer.datamodule, module.lm
+        data, dense, compare = trainer.datamodule, module.lm, self._bar("Comparing logits")
         module.eval()
-        before = reference_logits(dense, data, self.drift_examples, autocast=module.autocast)
+        before = reference_logits(dense, data, self.drift_examples, autocast=module.autocast, track=compare)
         with self._timed("expansion"):
             harvest, num_experts = self.harvest.collect(), module.moe.num_experts
             pool = self.source.experts(
@@ -221,7 +221,7 @@ class Upcycling(Callback):
             module.upcycle(experts, router_DEH)
             follow_module(trainer)
         module.eval()
-        self.drift = drift(module.lm, before, data, self.drift_examples, autocast=module.autocast)
+        self.drift = drift(module.lm, before, data, self.drift_examples, autocast=module.autocast, track=compare)
         module.train()
         self.expansion, self.seeds = expansion, seeds
         log_now(trainer, {"moe/swap_drift_kl": self.drift})

@@ -16,6 +16,7 @@ from upit.scoring import Autocast, score_examples, to_device
 
 Verify = Callable[[Mapping[str, Any], str], bool]
 Scores = dict[str, Any]
+Track = Callable[[Iterable], Iterable]
 
 
 @torch.no_grad()
@@ -116,7 +117,12 @@ def summarise(
 
 @torch.no_grad()
 def reference_logits(
-    model: PreTrainedModel, data, num_examples: int, *, autocast: Autocast = nullcontext
+    model: PreTrainedModel,
+    data,
+    num_examples: int,
+    *,
+    autocast: Autocast = nullcontext,
+    track: Track = lambda batches: batches,
 ) -> list[Tensor]:
     """Response logits on the first held-out examples, one (tokens, vocabulary) float32 CPU tensor a batch.
 
@@ -126,7 +132,7 @@ def reference_logits(
     indices = list(range(min(num_examples, len(data.heldout_set))))
     lengths = {i: len(data.heldout_set[i]["input_ids"]) for i in indices}
     logits = []
-    for group in length_grouped(indices, lengths, max_tokens=4096):
+    for group in track(length_grouped(indices, lengths, max_tokens=4096)):
         batch = collate([[i] for i in group], data.heldout_set, pad_id=data.tokenizer.pad_token_id)
         with autocast():
             logits_LV, _, _ = response_logits(model, to_device(batch, device))
@@ -135,10 +141,16 @@ def reference_logits(
 
 
 def drift(
-    model: PreTrainedModel, before: list[Tensor], data, num_examples: int, *, autocast: Autocast = nullcontext
+    model: PreTrainedModel,
+    before: list[Tensor],
+    data,
+    num_examples: int,
+    *,
+    autocast: Autocast = nullcontext,
+    track: Track = lambda batches: batches,
 ) -> float:
     """How far the swap moved the model: mean KL(before || now) in nats over held-out response tokens."""
-    now = reference_logits(model, data, num_examples, autocast=autocast)
+    now = reference_logits(model, data, num_examples, autocast=autocast, track=track)
     total = sum(
         float(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"))
         for a, b in zip(before, now, strict=True)

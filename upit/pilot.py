@@ -57,7 +57,9 @@ def score_checkpoints(
     return scored
 
 
-def domain_losses(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext) -> dict[str, float]:
+def domain_losses(
+    model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
+) -> dict[str, float]:
     """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
     rows, was_training = data.heldout_set, model.training
     model.eval()
@@ -68,6 +70,7 @@ def domain_losses(model: PreTrainedModel, data, *, autocast: Autocast = nullcont
         pad_id=data.tokenizer.pad_token_id,
         max_tokens=data.eval_batch_tokens,
         autocast=autocast,
+        track=track,
     )
     model.train(was_training)
     losses = {}
