@@ -263,7 +263,7 @@ class ConversationDataModule(L.LightningDataModule):
             raise ValueError("data.predict_file is not set: name a JSONL file with `prompt` or `messages`")
         self.predict_set = read_json_lines(Path(self.predict_file), field="data.predict_file")
         for number, row in enumerate(self.predict_set, 1):
-            check_messages(_prompt(row), f"{self.predict_file}: prompt {number}")
+            check_messages(prompt_of(row), f"{self.predict_file}: prompt {number}")
         return DataLoader(
             list(enumerate(self.predict_set)),  # type: ignore[arg-type]
             batch_size=16,
@@ -273,10 +273,16 @@ class ConversationDataModule(L.LightningDataModule):
             ),
         )
 
+    def conversation(self, row: Row) -> list[dict[str, Any]]:
+        """The messages to answer, of a row of ``predict_file``."""
+        return prompt_of(row)
+
     def _collate_prompts(self, rows: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
         prompts = []
         for _, row in rows:
-            encoded = self.tokenizer.apply_chat_template(_prompt(row), add_generation_prompt=True, return_dict=True)
+            encoded = self.tokenizer.apply_chat_template(
+                self.conversation(row), add_generation_prompt=True, return_dict=True
+            )
             prompts.append(encoded["input_ids"])
         width = max(map(len, prompts))
         return {
@@ -293,6 +299,6 @@ def check_at_least(least: int, **fields: int) -> None:
             raise ValueError(f"data.{field}={value} must be at least {least}")
 
 
-def _prompt(row: Row) -> list[dict[str, Any]]:
-    """The conversation to answer."""
+def prompt_of(row: Row) -> list[dict[str, Any]]:
+    """The conversation that a row of prompts gives."""
     return row.get("messages") or [{"role": "user", "content": row.get("prompt")}]

@@ -30,7 +30,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         tokenizer: as in :class:`InstructionDataModule`; None trains a byte-level BPE on the training text.
         vocab_size: of the trained BPE; the 256 bytes and its special tokens are part of it.
         chat_template: Jinja text or a file; default the tokenizer's own, ChatML for a trained one.
-        system_prompt: first message of every conversation.
+        system_prompt: first message of every conversation; of a prompt to answer too, unless it has its own.
         trust_remote_code: allow tokenizer code that comes with the files.
     Raises: ValueError: an unknown family, one without reference answers, or one with too few distinct questions.
     """
@@ -123,6 +123,13 @@ class ReasoningGymDataModule(ConversationDataModule):
             {"role": "assistant", "content": str(entry["answer"])},
         ]
         return {"id": name, "domain": domain, "messages": messages, "metadata": name}
+
+    @override
+    def conversation(self, row: Row) -> list[dict[str, Any]]:
+        messages = super().conversation(row)
+        if self.system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
 
     @override
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:

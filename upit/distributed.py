@@ -38,6 +38,15 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's value, on every rank, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_rank_zero(compute: Callable[[], T]) -> T:
     """What rank 0 computes, on every rank; the others wait."""
     return broadcast(compute() if rank() == 0 else None)  # type: ignore[return-value]

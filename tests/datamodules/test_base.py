@@ -169,6 +169,22 @@ def test_prompts_to_answer(make_loaded, tmp_path):
     assert module.predict_set == rows
 
 
+def test_a_system_prompt_stands_before_prompts_without_their_own(make_data, tmp_path):
+    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Hi"}]
+    rows = [{"prompt": "Hi"}, {"messages": turns("Hi", "Yes.", "Why?")}, {"messages": own}]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    module = ready(make_data(system_prompt="Be brief.", train_size=30, predict_file=prompts))
+    (batch,) = module.predict_dataloader()
+    texts = [
+        module.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert ["Be brief." in text for text in texts] == [True, True, False]
+    assert texts[0] == module.tokenizer.apply_chat_template(
+        turns("Hi", system="Be brief."), add_generation_prompt=True, tokenize=False
+    )
+
+
 def test_prompts_that_are_not_there_are_named(make_loaded, tmp_path):
     with pytest.raises(ValueError, match=r"data\.predict_file is not set"):
         make_loaded().predict_dataloader()
