@@ -88,16 +88,19 @@ def _stage(command: str, args: list[str]) -> None:
             f"Defaults: {said}. A list is '[A, B]'; a strategy its class's name, its arguments --KEY.ARGUMENT VALUE."
         )
         return
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser, auto_cli
+
+    from upit.choices import explain
 
     bare = [
         arg == "--overwrite" and after.startswith("--") for arg, after in zip(args, [*args[1:], "--"], strict=True)
     ]
     args = [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
+    settings = {"prog": f"upit {command}", "parser_mode": "yaml", "parser_class": _plain(ArgumentParser)}
     try:
-        auto_cli(function, args=args, as_positional=command == "inspect", prog=f"upit {command}", parser_mode="yaml")
+        auto_cli(function, args=args, as_positional=command == "inspect", **settings)
     except (OSError, ValueError) as error:
-        sys.exit(f"upit {command}: error: {error}")
+        sys.exit(f"upit {command}: error: {explain(str(error))}")
 
 
 def _sweep(args: list[str]) -> None:
@@ -174,15 +177,6 @@ def _train(args: list[str] | None) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
-    from upit.choices import explain
-
-    class Parser(LightningArgumentParser):
-        """Tells what is wrong and what would be right, without the usage of every option."""
-
-        def error(self, message, ex=None):
-            if not self.exit_on_error:  # a class's own arguments, parsed within: the error is told from outside
-                super().error(message, ex)
-            self.exit(2, f"{self.prog}: error: {explain(message)}\n")
 
     class CLI(LightningCLI):
         """LightningCLI whose runs each have a directory of their own, and whose two callbacks have a key each.
@@ -190,6 +184,12 @@ def _train(args: list[str] | None) -> None:
         A list of callbacks can only be replaced as a whole by a second config; ``harvest`` and ``upcycling`` can be
         changed line by line.
         """
+
+        def _set_seed(self) -> None:
+            try:
+                super()._set_seed()
+            except ValueError as error:
+                self.parser.error(f"seed_everything: {error}")
 
         def instantiate_classes(self) -> None:
             try:
@@ -240,9 +240,22 @@ def _train(args: list[str] | None) -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
-        parser_class=Parser,
+        parser_class=_plain(LightningArgumentParser),
         args=args,
     )
+
+
+def _plain(kind: Any) -> Any:
+    """A parser that tells what is wrong and what would be right, without the usage of every option."""
+    from upit.choices import explain
+
+    class Parser(kind):
+        def error(self, message, ex=None):
+            if not self.exit_on_error:  # a class's own arguments, parsed within: the error is told from outside
+                super().error(message, ex)
+            self.exit(2, f"{self.prog}: error: {explain(message)}\n")
+
+    return Parser
 
 
 def run_directory(wanted: Path, ckpt_path: str | None) -> Path:

@@ -64,6 +64,8 @@ def upcycle(
     from upit.router_init import Random
     from upit.router_init.standalone import initialise, work_beside
 
+    if max_shard_gb <= 0:
+        raise ValueError(f"max_shard_gb={max_shard_gb} must be positive")
     target = Path(output)
     _check_apart(target, [base, *experts])
     if not overwrite:
@@ -130,8 +132,9 @@ def expand(
     import shutil
 
     import torch
+    from transformers import AutoConfig
 
-    from upit.compatibility import check_shapes
+    from upit.compatibility import check_config, check_shapes
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
     from upit.pool import Pool
@@ -139,6 +142,8 @@ def expand(
     pool, found, origin = Pool(Path(output)), _experts_at(experts), _base_at(base)
     _check_apart(pool.directory, [base, *experts])
     for expert in found:
+        if expert.file.is_dir() and origin.file.is_dir():
+            check_config(expert.file, AutoConfig.from_pretrained(origin.file))
         check_shapes(expert, origin.shapes)
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")

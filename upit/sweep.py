@@ -45,7 +45,7 @@ def plan(
 
     Args:
         extra: more arguments of ``upit fit``; they change the base, and a config has the last word.
-    Raises: ValueError: a config file is missing, two share a name, or a seed is given twice.
+    Raises: ValueError: a config file is missing, two share a name, or a seed is negative or given twice.
     """
     for path in (*base, *configs):
         if not path.is_file():
@@ -56,6 +56,8 @@ def plan(
         if path.stem in stacks:
             raise ValueError(f"two configs are named {path.stem!r}; a run's directory has its config's name")
         stacks[path.stem] = (*common, *_options([path]))
+    if min(seeds) < 0:
+        raise ValueError(f"seeds={list(seeds)} must not be negative")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)} holds one twice")
     return [

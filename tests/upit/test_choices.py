@@ -23,6 +23,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
         ),
         (["--upcycling.merge", "upit.merging.Ties", "--upcycling.merge.densty", "0.3"], "densty"),
         (["-c", "wrong.yaml"], "upit.merging.Ties takes: density"),
+        (["--seed_everything", "-1"], "error: seed_everything: -1 is not in bounds"),
         (["--upcycling.parents", "Bestt"], "valid choices of Parents: upit.selection.Best, "),
         (["--upcycling.merge.drop_rate", "0.5"], "valid choices of Merge: upit.merging.Dare, "),
         (["--model", "lightning_modules.Nope"], "valid choices of LightningModule: lightning_modules.DenseModule, "),

@@ -81,6 +81,25 @@ def test_upcycle_says_what_a_router_lacks(checkpoints, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"router": "Nope"}, "valid choices of RouterInit: upit.router_init.FromFile, upit.router_init.HiddenMean, "),
+        ({"router": "Ridge", "router.strength": 0}, "Ridge.strength=0.0 must be positive"),
+        ({"dtype": "int8"}, "['float32', 'bfloat16', 'float16']"),
+        ({"max_shard_gb": 0}, "max_shard_gb=0.0 must be positive"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_told_in_a_few_lines(checkpoints, tmp_path, capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe", **flags)
+    text = capsys.readouterr().err + str(stop.value)
+    assert said in text
+    assert "Does not validate" not in text
+    assert "usage" not in text
+
+
 @pytest.mark.parametrize("command", STAGES)
 def test_help_is_cheap(command):
     script = (
@@ -158,6 +177,9 @@ def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
     dense_model("llama", intermediate_size=40).save_pretrained(tmp_path / "odd")
     with pytest.raises(SystemExit, match=r"odd: tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"):
         expand([*checkpoints, str(tmp_path / "odd")], tmp_path / "pool")
+    dense_model("llama", vocab_size=65).save_pretrained(tmp_path / "words")
+    with pytest.raises(SystemExit, match=r"words/config\.json: vocab_size=65, the dense model has 64"):
+        expand([*checkpoints, str(tmp_path / "words")], tmp_path / "pool")
     with pytest.raises(SystemExit, match="experts: nothing is at"):
         expand([*checkpoints, str(tmp_path / "nowhere")], tmp_path / "pool")
     with pytest.raises(SystemExit, match="at least 2 checkpoints to merge"):

@@ -155,3 +155,5 @@ def test_refuses(configs, tmp_path):
         plan(configs[:1], [configs[1], configs[1]], [0], tmp_path)
     with pytest.raises(ValueError, match=r"seeds=\[0, 0\] holds one twice"):
         plan(configs[:1], [], [0, 0], tmp_path)
+    with pytest.raises(ValueError, match=r"seeds=\[1, -1\] must not be negative"):
+        plan(configs[:1], [], [1, -1], tmp_path)
