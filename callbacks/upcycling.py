@@ -123,6 +123,8 @@ class Upcycling(Callback):
 
     def _check_choices(self, trainer, module) -> None:
         dense = module.outline()
+        if dense is None:
+            return
         self.source.check(dense, trainer.datamodule.tokenizer)
         self.non_experts.check(dense)
         self.router.check(dense.config, module.moe.num_experts)

@@ -134,11 +134,16 @@ class CausalLMModule(L.LightningModule):
 
     # --- building ------------------------------------------------------------------------------------
 
+    @property
+    def resumed(self) -> dict[str, Any] | None:
+        """Identity of the checkpoint that the command line resumes."""
+        return read_identity(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
+
     @override
     def configure_model(self) -> None:
         if self.active.model is not None or self._trainer is None:  # load_from_checkpoint builds what it finds
             return
-        identity = read_identity(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
+        identity = self.resumed
         if identity is not None:
             self.enter(identity)
         self.active.model = build(config_of(identity)) if identity else self.active.load()

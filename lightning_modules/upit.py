@@ -11,6 +11,7 @@ from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
 from lightning_modules.monitors import first_validation, logged
+from upit.checkpoints import config_of
 from upit.families import moe_config
 from upit.models import build, outline
 from upit.pool import Expert
@@ -64,12 +65,15 @@ class UpITModule(CausalLMModule):
         if self.phase == "moe":  # before it, the swap is where this run's config puts it
             self.swap_step = identity["swap_step"]
 
-    def outline(self) -> PreTrainedModel:
-        """The dense model without weights, as it will be once built.
+    def outline(self) -> PreTrainedModel | None:
+        """The dense model without weights, as it will be once built; None where the run has swapped already.
 
         Raises: ValueError: it can't be upcycled.
         """
-        config = self.dense.architecture()
+        identity = self.resumed
+        if identity and identity["phase"] == "moe":
+            return None
+        config = config_of(identity) if identity else self.dense.architecture()
         moe_config(config, num_experts=self.moe.num_experts, top_k=self.moe.top_k)
         return outline(config)
 
