@@ -10,7 +10,6 @@ from typing_extensions import override
 from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
-from upit.checkpoints import IDENTITY
 from upit.families import grown_config, moe_config
 from upit.models import build, outline
 from upit.pool import Expert
@@ -72,9 +71,8 @@ class UpITModule(CausalLMModule):
             raise ValueError(f"the checkpoint routes to {top_k} experts but top_k={self.moe.top_k}")
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[IDENTITY]["growth_step"] = self.growth_step if self.grown else None
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"growth_step": self.growth_step if self.grown else None}
 
     def outline(self) -> PreTrainedModel:
         """The dense model without weights, as it will be once built.
