@@ -100,13 +100,14 @@ UPCYCLING = {
     "non_experts": {"class_path": "upit.non_experts.Mean"},
     "router": {"class_path": "upit.router_init.Ridge"},
 }
+GROWTH = {"class_path": "callbacks.ExpertGrowth", "init_args": {"at_step": 6, "num_experts": 9}}
 GUARD = {"class_path": "callbacks.CollapseGuard", "init_args": {"window": 2, "action": "raise_weight"}}
 
 
 def others(config: dict) -> dict:
-    """The same run with other strategies."""
+    """The same run with other strategies, and three more experts later."""
     harvest, upcycling, *rest = config["trainer"]["callbacks"]
-    callbacks = [harvest | {"init_args": HARVEST}, upcycling | {"init_args": UPCYCLING}, *rest, GUARD]
+    callbacks = [harvest | {"init_args": HARVEST}, upcycling | {"init_args": UPCYCLING}, *rest, GUARD, GROWTH]
     moe = {"num_experts": 6, "router_z_loss_weight": 0.01}
     return {"trainer": {"callbacks": callbacks}, "model": {"init_args": {"moe": {"init_args": moe}}}}
 
