@@ -63,10 +63,11 @@ class UpITModule(CausalLMModule):
         if grown and self.grown_experts is not None:
             field, wanted = "ExpertGrowth.num_experts", self.grown_experts
         if found != wanted:
-            remedy = f"it grew at step {identity['growth_step']}, add callbacks.ExpertGrowth as it was, or " * grown
-            raise ValueError(
-                f"the checkpoint has {found} experts but {field}={wanted}; {remedy}set {field} to {found}"
+            lacks = grown and self.grown_experts is None
+            also = (
+                f"; it grew at step {identity['growth_step']}: add callbacks.ExpertGrowth as it was" if lacks else ""
             )
+            raise ValueError(f"the checkpoint has {found} experts but {field}={wanted}{also}")
         if top_k != self.moe.top_k:
             raise ValueError(f"the checkpoint routes to {top_k} experts but top_k={self.moe.top_k}")
 

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,7 +27,9 @@ from callbacks import (
 )
 from lightning_modules import UpITModule
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from tests.integration.test_resume import ROOT, final_weights, fit, write_config
 from upit.artefacts import Run
+from upit.cli import RUN_DIR
 from upit.export import export_checkpoint
 from upit.inspection import inspect
 from upit.page import page
@@ -235,9 +240,9 @@ def test_validate_and_load_a_grown_checkpoint(grown, make_data, tmp_path):
 @pytest.mark.parametrize(
     ("step", "moe", "growth", "message"),
     [
-        (9, {}, None, r"has 8 experts but num_experts=4; it grew at step 7, add callbacks.ExpertGrowth.*set num_exp"),
+        (9, {}, None, r"has 8 experts but num_experts=4; it grew at step 7: add callbacks.ExpertGrowth"),
         (9, {}, {"num_experts": 6}, r"has 8 experts but ExpertGrowth\.num_experts=6"),
-        (6, {"num_experts": 8}, None, "has 4 experts but num_experts=8; set num_experts to 4"),
+        (6, {"num_experts": 8}, None, "has 4 experts but num_experts=8"),
         (6, {"num_experts": 3}, {"num_experts": 4}, "has 4 experts but num_experts=3"),
         (9, {"top_k": 1}, {}, "routes to 2 experts but top_k=1"),
     ],
@@ -247,3 +252,20 @@ def test_a_checkpoint_of_other_counts_is_refused(grown, make_data, tmp_path, ste
     trainer = make_trainer(tmp_path, chosen, logger=False)
     with pytest.raises(ValueError, match=message):
         trainer.fit(make_module(**moe), datamodule=make_data(), ckpt_path=grown[0] / f"checkpoints/step={step}.ckpt")
+
+
+@pytest.mark.slow
+def test_ddp_follows_the_growth(cache, tmp_path):
+    """Two processes train on together: the wrapper of DDP would go on with the parameters of before."""
+    growth = {"class_path": "callbacks.ExpertGrowth", "init_args": {"at_step": 6, "num_experts": 7}}
+    configs = [write_config(tmp_path / name, cache, growth) for name in ("one", "two")]
+    fit("-c", configs[0])
+    environment = {key: value for key, value in os.environ.items() if key != RUN_DIR} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "upit", "fit", "-c", str(configs[1]), "--trainer.devices", "2"]
+    command += ["--trainer.strategy", "ddp"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (final_weights(tmp_path / name) for name in ("one", "two"))
+    assert len(one["moe.model.model.layers.0.mlp.gate.weight"]) == 7
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name} {m}")
