@@ -96,11 +96,6 @@ class ExpertGrowth(UpcyclingEvent):
     def _target(self, module) -> int:
         return 2 * module.moe.num_experts if self.num_experts is None else self.num_experts
 
-    @override
-    def on_fit_start(self, trainer, pl_module) -> None:
-        if rank() == 0 and not pl_module.grown:
-            Run(trainer.default_root_dir).forget_growth()
-
     # --- the growth ----------------------------------------------------------------------------------
 
     @override

@@ -7,6 +7,8 @@ from typing_extensions import override
 
 from callbacks.event import UpcyclingEvent, callback_of, follow_module, run_seed
 from callbacks.harvest import ExpertHarvest
+from upit.artefacts import Run
+from upit.distributed import rank
 from upit.expansion import check_counts
 from upit.expert_sources import ExpertSource, Harvested
 from upit.families import check_top_k
@@ -119,6 +121,11 @@ class Upcycling(UpcyclingEvent):
     def _seed_indices(self, trainer, num_experts: int) -> list[int]:
         size = len(trainer.datamodule.train_set)
         return draw_seed(size, fraction=self.seed_fraction, seed=self.seed, minimum=num_experts)
+
+    @override
+    def on_fit_start(self, trainer, pl_module) -> None:
+        if rank() == 0 and not pl_module.grown:
+            Run(trainer.default_root_dir).forget_growth()
 
     # --- the swap ------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def _ffn(moe: PreTrainedModel, expert: int) -> Iterator[tuple[str, Tensor]]:
 
 def _specs(moe: PreTrainedModel) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of :func:`_ffn`'s tensors, without gathering them."""
-    specs = {}
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, param in moe.named_parameters():
         layer, part = within_layer(name)
         if part in FUSED:

@@ -1,7 +1,6 @@
 """The table at the end of a run."""
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ def print_report(
         experts.add_column("expert", justify="right")
         experts.add_column("origin")
         experts.add_column("seed examples", justify="right")
-        for entry, count in zip_longest(lineage, report["seed_counts"], fillvalue="–"):  # none for who joined later
+        later = ["–"] * (len(lineage) - len(report["seed_counts"]))  # experts that joined a MoE in training
+        for entry, count in zip(lineage, [*report["seed_counts"], *later], strict=True):
             experts.add_row(str(entry["expert"]), origin(entry), str(count))
         console.print(experts)
 
