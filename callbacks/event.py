@@ -200,6 +200,6 @@ def follow_module(trainer) -> None:
 
 
 def _widen_fast_dev_run(trainer) -> None:
-    """Give ``fast_dev_run`` the four optimizer steps that all the stages need: two dense, two MoE."""
+    """Give ``fast_dev_run`` the four optimizer steps that the stages need: two dense, two MoE (one of each size)."""
     trainer.limit_train_batches = 4 * trainer.accumulate_grad_batches
     trainer.fit_loop.epoch_loop.max_steps = 4

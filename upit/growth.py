@@ -91,7 +91,8 @@ class MergedRows(NewRows):
     """The parents' rows, merged by the alpha and beta of their child; default ours.
 
     A child's logit then lies between those of its parents. So no token changes its first expert, and whoever comes
-    second anew is a descendant of the first: post-training starts from a MoE that routes almost as before.
+    second anew is a descendant of the first: post-training starts from a MoE that routes almost as before. For the
+    same reason some children get no token at first (docs/results.md).
     """
 
     def __call__(self, router_DNH, lineage, config, *, seed=0):
