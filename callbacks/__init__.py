@@ -2,6 +2,7 @@
 
 from callbacks.answers import WriteAnswers
 from callbacks.collapse_guard import CollapseGuard
+from callbacks.growth import ExpertGrowth
 from callbacks.harvest import ExpertHarvest
 from callbacks.hparams import HParams
 from callbacks.pictures import LineagePicture, SeedDataPicture
@@ -15,6 +16,7 @@ __all__ = [
     "CollapseGuard",
     "CurvesPicture",
     "DiversityPicture",
+    "ExpertGrowth",
     "ExpertHarvest",
     "HParams",
     "LineagePicture",

@@ -38,6 +38,8 @@ class LineagePicture(Pictures):
     def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
         self.show(trainer)
 
+    on_growth_end = on_upcycling_end
+
 
 class SeedDataPicture(Pictures):
     """Perplexity by expert and domain, and the seed buckets, as ``experts/seed_data``."""

@@ -57,3 +57,6 @@ class DiversityPicture(Pictures):
                 values = {f"harvest/{key}": point[key] for key in ("from_base", "from_previous")}
                 log_now(trainer, values, step=point["step"])
         self.show(trainer)
+
+    def on_growth_end(self, trainer, module: UpcyclingModule, growth) -> None:
+        self.show(trainer)

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule
-from upit.checkpoints import identity_of
+from upit.artefacts import Run
 from upit.distributed import rank
 from upit.export import export_model, model_card
-from upit.files import read_json, write_json
+from upit.files import write_json
 from upit.report import print_report
 from upit.sharding import full
 
@@ -20,7 +20,8 @@ from upit.sharding import full
 class RunReport(Callback):
     """Score the held-out questions at each stage, write ``<run>/report.json``, export, print a table.
 
-    Stages: ``base`` (before training), ``dense`` (right before the swap), ``swap`` (right after), ``final``.
+    Stages: ``base`` (before training), ``dense`` (right before the swap), ``swap`` (right after), where the MoE grows
+    ``moe`` (right before) and ``growth`` (right after), and ``final``.
 
     Args:
         export: write the final model to ``<run>/export`` in stock transformers format.
@@ -31,7 +32,6 @@ class RunReport(Callback):
         self.report: dict[str, Any] = {
             "stages": {}, "num_experts": None, "top_k": None, "seed_counts": [], "wall_seconds": {},
         }  # fmt: skip
-        self._lineage: list[dict[str, Any]] = []
 
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
@@ -44,8 +44,6 @@ class RunReport(Callback):
             trainer.datamodule.tokenizer.save_pretrained(self.run / "tokenizer")
         if trainer.ckpt_path is None:
             self._score(trainer, pl_module, "base")
-        elif (self.run / "upcycling" / "lineage.json").exists() and pl_module.phase == "moe":
-            self._lineage = read_json(self.run / "upcycling" / "lineage.json")
         self._since = time.perf_counter()
 
     def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
@@ -60,8 +58,17 @@ class RunReport(Callback):
             swap_drift_kl=upcycling.drift,
         )
         self.report["wall_seconds"].update(upcycling.wall_seconds)
-        self._lineage = upcycling.expansion.lineage
         self._score(trainer, module, "swap")
+        self._since = time.perf_counter()
+
+    def on_growth_start(self, trainer, module: UpcyclingModule, growth) -> None:
+        self._add_seconds("post_training")
+        self._score(trainer, module, "moe")
+
+    def on_growth_end(self, trainer, module: UpcyclingModule, growth) -> None:
+        self.report.update(num_experts=len(growth.expansion.experts), growth_drift_kl=growth.drift)
+        self.report["wall_seconds"].update(growth.wall_seconds)
+        self._score(trainer, module, "growth")
         self._since = time.perf_counter()
 
     @override
@@ -73,7 +80,7 @@ class RunReport(Callback):
         if rank() == 0:
             self.report["finished"] = True
             write_json(self.run / "report.json", self.report)
-            print_report(self.report, self._lineage, self.run)
+            print_report(self.report, Run(self.run).lineage, self.run)
 
     def _add_seconds(self, stage: str) -> None:
         seconds = self.report["wall_seconds"]
@@ -102,11 +109,10 @@ class RunReport(Callback):
                 weights[name] = whole.cpu()
         if rank() > 0:
             return
-        identity = identity_of(module.lm, phase=module.active.phase, swap_step=module.swap_step)
         output = self.run / "export"
         if output.exists():  # a resumed run exports again, beside
             output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
-        card = model_card(identity | {"global_step": trainer.global_step}, self.run, name=output.name)
+        card = model_card(module.identity() | {"global_step": trainer.global_step}, self.run, name=output.name)
         export_model(module.lm.config, weights, trainer.datamodule.tokenizer, output, card=card)
 
     @override

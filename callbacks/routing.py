@@ -1,4 +1,4 @@
-"""Who gets which tokens, right after the swap and at every validation after it."""
+"""Who gets which tokens, right after the swap or a growth and at every validation after it."""
 
 import time
 from typing import ClassVar
@@ -43,6 +43,8 @@ class RoutingPicture(Pictures):
         log_now(trainer, self._snapshot(trainer, module, metric))
         module.train()
         self.show(trainer)
+
+    on_growth_end = on_upcycling_end
 
     @override
     def on_validation_epoch_start(self, trainer, pl_module) -> None:

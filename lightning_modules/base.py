@@ -296,9 +296,13 @@ class CausalLMModule(L.LightningModule):
 
     # --- identity in checkpoints ---------------------------------------------------------------------
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says about the model; see :func:`upit.checkpoints.identity_of`."""
+        return identity_of(self.lm, phase=self.active.phase, swap_step=self.swap_step)
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[IDENTITY] = identity_of(self.lm, phase=self.active.phase, swap_step=self.swap_step)
+        checkpoint[IDENTITY] = self.identity()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

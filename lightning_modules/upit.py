@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
@@ -12,7 +12,7 @@ from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
 from lightning_modules.monitors import first_validation, logged
 from upit.checkpoints import config_of
-from upit.families import moe_config
+from upit.families import grown_config, moe_config
 from upit.models import build, outline
 from upit.pool import Expert
 from upit.upcycling import upcycle
@@ -21,7 +21,8 @@ from upit.upcycling import upcycle
 class UpITModule(CausalLMModule):
     """Instruction-tunes ``dense``, then, once upcycled by ``callbacks.Upcycling``, post-trains ``moe``.
 
-    Only one of the two holds a model at a time; the trainer's module stays this object throughout.
+    Only one of the two holds a model at a time; the trainer's module stays this object throughout. ``moe`` may get
+    more experts later, from ``callbacks.ExpertGrowth``.
 
     Args:
         dense: module of the dense phase.
@@ -35,6 +36,9 @@ class UpITModule(CausalLMModule):
         self.dense = dense
         self.moe = moe
         self.phase = "dense"
+        self.grown = False
+        self.grown_experts: int | None = None  # planned
+        self.growth_step: int | None = None  # planned, or where it was
 
     @property
     @override
@@ -54,16 +58,35 @@ class UpITModule(CausalLMModule):
 
     @override
     def enter(self, identity: dict[str, Any]) -> None:
-        config, moe = identity["config"], self.moe
-        if identity["phase"] == "moe" and identity["num_experts"] != moe.num_experts:
-            raise ValueError(f"the checkpoint has {identity['num_experts']} experts but num_experts={moe.num_experts}")
-        if identity["phase"] == "moe" and config["num_experts_per_tok"] != moe.top_k:
-            raise ValueError(f"the checkpoint routes to {config['num_experts_per_tok']} experts but top_k={moe.top_k}")
-        if identity["phase"] != self.phase:
+        grown = identity.get("growth_step") is not None
+        if identity["phase"] == "moe":
+            self._check_counts(identity, grown)
+        if (identity["phase"], grown) != (self.phase, self.grown):
             self.active.model = None
-        self.phase = identity["phase"]
-        if self.phase == "moe":  # before it, the swap is where this run's config puts it
+        self.phase, self.grown = identity["phase"], grown
+        if self.phase == "moe":  # what has not happened yet is where this run's config puts it
             self.swap_step = identity["swap_step"]
+        if grown:
+            self.growth_step = identity["growth_step"]
+
+    def _check_counts(self, identity: dict[str, Any], grown: bool) -> None:
+        """Raises: ValueError: the checkpoint's MoE has other counts than this run's config."""
+        found, top_k = identity["num_experts"], identity["config"]["num_experts_per_tok"]
+        field, wanted = "num_experts", self.moe.num_experts
+        if grown and self.grown_experts is not None:
+            field, wanted = "ExpertGrowth.num_experts", self.grown_experts
+        if found != wanted:
+            lacks = grown and self.grown_experts is None
+            also = (
+                f"; it grew at step {identity['growth_step']}: add callbacks.ExpertGrowth as it was" if lacks else ""
+            )
+            raise ValueError(f"the checkpoint has {found} experts but {field}={wanted}{also}")
+        if top_k != self.moe.top_k:
+            raise ValueError(f"the checkpoint routes to {top_k} experts but top_k={self.moe.top_k}")
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"growth_step": self.growth_step if self.grown else None}
 
     def outline(self) -> PreTrainedModel | None:
         """The dense model without weights, as it will be once built; None where the run has swapped already.
@@ -79,27 +102,44 @@ class UpITModule(CausalLMModule):
 
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""
-        trainer, dense = self.trainer, self.lm
-        config = moe_config(dense.config, num_experts=len(experts), top_k=self.moe.top_k)
+        config = moe_config(self.lm.config, num_experts=len(experts), top_k=self.moe.top_k)
+        self._become(config, experts, router_DEH)
+        self.dense.model = None
+        self.phase = "moe"
+        self.swap_step = self.trainer.global_step
+
+    def grow(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
+        """Take a MoE with more experts in place of this one; everything else goes on from it."""
+        self._become(grown_config(self.lm.config, num_experts=len(experts)), experts, router_DEH)
+        self.grown = True
+        self.growth_step = self.trainer.global_step
+
+    def _become(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> None:
+        trainer, source = self.trainer, self.lm
         with trainer.strategy.tensor_init_context():
             model = build(config)
         self.moe.model = model.to(trainer.strategy.root_device)
         self.moe.finish(trainer)
-        upcycle(self.moe.lm, dense, experts, router_DEH)
-        self.dense.model = None
-        self.phase = "moe"
-        self.swap_step = trainer.global_step
+        upcycle(self.moe.lm, source, experts, router_DEH)
 
     @override
     def phase_steps(self) -> int:
+        """Optimizer steps from one upcycling to the next; a growth restarts the schedule too (ours)."""
         total = self.total_steps()
-        swap = min(self.swap_step or total, total)
-        return swap if self.phase == "dense" else total - swap
+        bounds = [0, *(min(step or total, total) for step in (self.swap_step, self.growth_step)), total]
+        now = 0 if self.phase == "dense" else 1 + self.grown
+        return bounds[now + 1] - bounds[now]
 
     def plan_swap(self, step: int) -> None:
         """Say at which optimizer step the swap will be; the dense schedule ends there."""
         if self.phase == "dense":
             self.swap_step = step
+
+    def plan_growth(self, num_experts: int, step: int | None = None) -> None:
+        """Say how many experts the MoE grows to, and in a fit at which optimizer step; a schedule ends there."""
+        self.grown_experts = num_experts
+        if not self.grown:
+            self.growth_step = step
 
     @override
     def objective(self, batch):

@@ -13,6 +13,8 @@ from torch import Tensor
 from upit.files import read_json, write_json
 from upit.strategy import Strategy
 
+EVENTS = ("upcycling", "growth")  # each has a folder
+
 
 class Run:
     """The folder of a finished or running fit. What isn't there yet reads as None, or as empty.
@@ -29,14 +31,19 @@ class Run:
         return self.directory.name
 
     @cached_property
+    def lineages(self) -> list[list[dict[str, Any]]]:
+        """Where each expert comes from, see :mod:`upit.expansion`: as upcycled and, where the MoE grew, as grown."""
+        return [found for event in EVENTS if (found := self._read(f"{event}/lineage.json"))]
+
+    @property
     def lineage(self) -> list[dict[str, Any]] | None:
-        """Where each expert comes from; see :mod:`upit.expansion`."""
-        return self._read("upcycling/lineage.json")
+        """Where each of the experts of now comes from."""
+        return self.lineages[-1] if self.lineages else None
 
     @cached_property
     def similarity(self) -> list[list[float]] | None:
-        """How alike the experts are, by the run's own measure."""
-        return self._read("upcycling/similarity.json")
+        """How alike the experts of now were when the youngest was made, by the run's own measure."""
+        return self._read("growth/similarity.json") or self._read("upcycling/similarity.json")
 
     @cached_property
     def seeds(self) -> dict[str, Any] | None:
@@ -64,6 +71,11 @@ class Run:
     def swap(self) -> dict[str, Any] | None:
         """``{"step", "kl", "before": {domain: loss}, "after": {domain: loss}}``."""
         return self._read("upcycling/swap.json")
+
+    @cached_property
+    def growth(self) -> dict[str, Any] | None:
+        """As ``swap``, of the later growth of the MoE."""
+        return self._read("growth/swap.json")
 
     @cached_property
     def routing(self) -> list[dict[str, Any]]:
@@ -121,6 +133,11 @@ class Run:
         for file in (self.directory / "routing").glob("step_*.json"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
+
+    def forget_growth(self) -> None:
+        """Remove what says that the MoE grew, but no expert: of a future that a resumed run may not have."""
+        for name in ("lineage", "similarity", "swap"):
+            (self.directory / "growth" / f"{name}.json").unlink(missing_ok=True)
 
     def _read(self, file: str) -> Any:
         path = self.directory / file

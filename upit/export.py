@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from upit.artefacts import Run
 from upit.checkpoints import config_of, read_identity, read_weights
 from upit.files import check_output, fresh_directory, read_json
 
@@ -85,10 +86,11 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
     ]
-    lineage, report = run / "upcycling" / "lineage.json", run / "report.json"
-    if moe and lineage.exists():
-        rows = "\n".join(f"| {entry['expert']} | {origin(entry)} |" for entry in read_json(lineage))
+    grown, lineages = identity.get("growth_step") is not None, Run(run).lineages
+    if moe and lineages:
+        rows = "\n".join(f"| {entry['expert']} | {origin(entry)} |" for entry in lineages[-1 if grown else 0])
         parts.append(f"## Experts\n| expert | origin |\n|---|---|\n{rows}\n")
+    report = run / "report.json"
     if report.exists():
         stages = _reached(read_json(report)["stages"], identity)
         rows = "\n".join(
@@ -105,12 +107,18 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
 
 def _reached(stages: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """The stages of a run's report that were over when a model of it was saved."""
-    own = ("base", "dense") if identity["phase"] == "dense" else tuple(stages)
+    later = {"growth"} if identity.get("growth_step") is None else set()
+    own = {"base", "dense"} if identity["phase"] == "dense" else {*stages} - later
     return {name: stages[name] for name in stages if name in own and stages[name]["step"] <= identity["global_step"]}
 
 
 def origin(entry: Mapping[str, Any]) -> str:
     """Where an expert of a lineage comes from, in words."""
+    trained = f", post-trained to step {entry['trained_to']}" if "trained_to" in entry else ""
+    return _birth(entry) + trained
+
+
+def _birth(entry: Mapping[str, Any]) -> str:
     kind = entry["kind"]
     if kind == "merged":
         j, k = entry["parents"]

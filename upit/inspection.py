@@ -50,7 +50,7 @@ def _print_run(run: Run, console: Console) -> None:
     if run.similarity:
         _print_matrix("Similarity of the MoE's experts", run.similarity, console)
     if run.report:
-        print_report(run.report, run.lineage or [], run.directory, console)
+        print_report(run.report, run.lineage, run.directory, console)
     if run.lineage and not (run.report and run.report["seed_counts"]):  # not yet at the swap
         rows = [[entry["expert"], origin(entry)] for entry in run.lineage]
         _print_rows("Experts", ["expert", "origin"], rows, console)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from upit.families import FAMILIES, FFN, MOE_TYPES, expert_name
+from upit.families import FFN, MOE_TYPES, expert_name, family_of_moe
 from upit.files import digest, fresh_directory
 from upit.pool import Expert
 from upit.tensor_files import TensorFiles, write_checkpoint
@@ -31,7 +31,7 @@ class MoEFiles:
             raise ValueError(
                 f"{str(directory)!r} is a {self.config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}"
             )
-        self.family = next(family for family in FAMILIES.values() if family.moe_type == self.config.model_type)
+        self.family = family_of_moe(self.config)
         self.files = TensorFiles(directory)
         self.num_experts: int = self.config.num_experts
         self.num_layers: int = self.config.num_hidden_layers

@@ -86,7 +86,8 @@ def page(runs: Sequence[Run], *, track: Track = lambda tags: tags) -> str:
 
 def _summary_table(runs: dict[str, Run]) -> Table:
     columns = [_numbers(run) for run in runs.values()]
-    rows = [[key, *[column[key] for column in columns]] for key in columns[0]]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [[key, *[column.get(key, "–") for column in columns]] for key in keys]
     return ["", *runs], rows
 
 
@@ -103,11 +104,14 @@ def _numbers(run: Run) -> dict[str, str]:
     def fact(name: str, form: str) -> str:
         return format(facts[name], form) if facts else "–"
 
+    growth = {"held out, before the MoE grew": average("moe"), "held out, right after": average("growth")}
+    growth = growth if "growth" in report["stages"] else {}
     return {
         "experts": f"{report['num_experts']}, top-{report['top_k']}" if report["num_experts"] else "–",
         "held out, before training": average("base"),
         "held out, dense before the swap": average("dense"),
         "held out, right after the swap": average("swap"),
+        **growth,
         "held out, final MoE": average("final"),
         "specialist gain of the checkpoints": f"{specialist_gain(run.pilot, 'loss'):.4f} nats" if run.pilot else "–",
         "KL of the logits at the swap": f"{run.swap['kl']:.2e} nats" if run.swap else "–",

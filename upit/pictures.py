@@ -27,7 +27,8 @@ def draw(tag: str, run: Run) -> Figure | None:
 
 
 def _loss(run: Run) -> Figure | None:
-    return loss_figure(run.curves, run.swap["step"] if run.swap else None) if run.curves else None
+    events = [event["step"] if event else None for event in (run.swap, run.growth)]
+    return loss_figure(run.curves, *events) if run.curves else None
 
 
 def _pilot(run: Run) -> Figure | None:
@@ -42,7 +43,7 @@ def _similarity(run: Run) -> Figure | None:
     if run.similarity is None or run.lineage is None:
         return None
     measures = [entry["chosen_by"][1]["name"] for entry in run.lineage if "chosen_by" in entry]
-    measure = measures[0] if measures else "of the parameters"
+    measure = measures[-1] if measures else "of the parameters"
     return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage], measure)
 
 
@@ -51,13 +52,13 @@ def _lineage(run: Run) -> Figure | None:
 
 
 def _seeds(run: Run) -> Figure | None:
-    if run.seeds is None or run.lineage is None:
+    if run.seeds is None or not run.lineages:
         return None
-    return seed_figure(run.seeds["examples"], [short_name(entry) for entry in run.lineage])
+    return seed_figure(run.seeds["examples"], [short_name(entry) for entry in run.lineages[0]])
 
 
 def _swap(run: Run) -> Figure | None:
-    return swap_figure(run.swap["before"], run.swap["after"], run.swap["kl"]) if run.swap else None
+    return swap_figure(run.swap, run.growth) if run.swap else None
 
 
 def _domains(run: Run) -> Figure | None:
@@ -82,7 +83,8 @@ def _tokens(run: Run) -> Figure | None:
 PICTURES = {
     "eval/loss_curves": Picture(
         "Loss over the whole run",
-        "One curve from the first step to the last; the dashed line is the swap from the dense model to the MoE.",
+        "One curve from the first step to the last; the dashed line is the swap from the dense model to the MoE; "
+        "a second one is where the MoE got more experts.",
         _loss,
     ),
     "harvest/pilot": Picture(
@@ -106,7 +108,7 @@ PICTURES = {
     "experts/lineage": Picture(
         "Family tree",
         "Where every expert comes from: a checkpoint, or two parents merged with weights alpha and beta; then "
-        "the merge and its settings, such as DARE's drop rate.",
+        "the merge and its settings, such as DARE's drop rate. Where the MoE grew, trained experts are the parents.",
         _lineage,
     ),
     "experts/seed_data": Picture(
@@ -117,7 +119,8 @@ PICTURES = {
     ),
     "moe/swap": Picture(
         "The swap",
-        "Held-out loss of each domain right before and right after the dense model became the MoE.",
+        "Held-out loss of each domain right before and right after the dense model became the MoE; and, where the MoE "
+        "grew, before and after that.",
         _swap,
     ),
     "router/domains": Picture(

@@ -11,7 +11,7 @@ from upit.export import origin
 
 
 def print_report(
-    report: Mapping[str, Any], lineage: list[dict[str, Any]], run: Path, console: Console | None = None
+    report: Mapping[str, Any], lineage: list[dict[str, Any]] | None, run: Path, console: Console | None = None
 ) -> None:
     """Print scores per domain and stage, the experts' lineage with their seed examples, and where things lie."""
     console = console or Console()
@@ -32,14 +32,15 @@ def print_report(
         experts.add_column("expert", justify="right")
         experts.add_column("origin")
         experts.add_column("seed examples", justify="right")
-        for entry, count in zip(lineage, report["seed_counts"], strict=True):
+        later = ["–"] * (len(lineage) - len(report["seed_counts"]))  # experts that joined a MoE in training
+        for entry, count in zip(lineage, [*report["seed_counts"], *later], strict=True):
             experts.add_row(str(entry["expert"]), origin(entry), str(count))
         console.print(experts)
 
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in report["wall_seconds"].items())
     console.print(f"Seconds: {seconds}")
     exports = sorted((path.name for path in run.glob("export*")), key=lambda name: (len(name), name))
-    for part in ("report.json", "experts", "upcycling", "checkpoints", *exports):
+    for part in ("report.json", "experts", "upcycling", "growth", "checkpoints", *exports):
         if (run / part).exists():
             console.print(f"{part:12} {run / part}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {run}", soft_wrap=True)

@@ -5,7 +5,7 @@ ever built (Algorithm 3 of UpIT, arXiv:2410.01610).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from upit.losses import grouped_losses
 from upit.pool import Expert, write_expert
 from upit.seed_data import Assignment
 from upit.sharding import fill, full
+from upit.tensor_files import Specs
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -43,13 +44,23 @@ def write_ffn(dense: PreTrainedModel, path: Path, key: str) -> str:
     Returns: the file's sha256, on every rank.
     """
     params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
-    whole = ((name, full(param).cpu()) for name, param in params.items())
+    specs = {name: (param.dtype, tuple(param.shape)) for name, param in params.items()}
+    return write_gathered(path, ((name, full(param)) for name, param in params.items()), specs, {"fingerprint": key})
+
+
+def write_gathered(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, metadata: Mapping[str, str] | None = None
+) -> str:
+    """:func:`upit.pool.write_expert` of tensors that all ranks gather one by one, and rank 0 writes; a collective.
+
+    Returns: the file's sha256, on every rank.
+    """
+    whole = ((name, tensor.cpu()) for name, tensor in tensors)
     if rank() > 0:
         for _ in whole:
             pass
         return str(broadcast(None))
-    specs = {name: (param.dtype, tuple(param.shape)) for name, param in params.items()}
-    return str(broadcast(write_expert(path, whole, specs, {"fingerprint": key})))
+    return str(broadcast(write_expert(path, whole, specs, metadata)))
 
 
 @torch.no_grad()

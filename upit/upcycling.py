@@ -1,4 +1,4 @@
-"""Model upcycling: assemble experts, router and the dense model's other weights into a MoE."""
+"""Model upcycling: assemble experts, router and another model's other weights into a MoE."""
 
 from collections.abc import Sequence
 
@@ -6,34 +6,35 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from upit.families import FUSED, ROUTER, expert_name, family_of, is_expert, within_layer
+from upit.families import FUSED, ROUTER, expert_name, family_of_moe, within_layer
 from upit.pool import Expert
 from upit.sharding import local, local_slices, reshard
 
 
 @torch.no_grad()
-def upcycle(moe: PreTrainedModel, dense: PreTrainedModel, experts: Sequence[Expert], router_DEH: Tensor) -> None:
+def upcycle(moe: PreTrainedModel, source: PreTrainedModel, experts: Sequence[Expert], router_DEH: Tensor) -> None:
     """Fill a MoE in place; elementwise, so that every rank fills its own shard and no model is gathered.
 
     Args:
-        moe: MoE model of :func:`upit.families.moe_config`; its weights are overwritten, all of them.
-        dense: gives every parameter that is no expert's; must be sharded as ``moe`` is.
+        moe: MoE model of :func:`upit.families.moe_config` or ``grown_config``; all its weights are overwritten.
+        source: dense model, or a MoE with fewer experts: gives every parameter that is neither an expert's nor a
+            router's; must be sharded as ``moe`` is.
         experts: E experts on disk; their tensors are named as in the dense state dict.
         router_DEH: routing vectors, (layers, experts, hidden).
     Raises: KeyError: a MoE parameter has no source.
     """
-    reshard(dense)
-    others = {name: param for name, param in dense.named_parameters() if not is_expert(name)}
-    shared_expert = family_of(dense.config).shared_expert(moe.config)
+    reshard(source)
+    others = dict(source.named_parameters())
+    shared_expert = family_of_moe(moe.config).shared_expert(moe.config)
     for name, param in moe.named_parameters():
         target, where = local(param), local_slices(param)
         layer, part = within_layer(name)
-        if name in others:
-            target.copy_(local(others[name]))
-        elif part == f"{ROUTER}.weight":
+        if part == f"{ROUTER}.weight":
             target.copy_(router_DEH[layer][where].to(target.device))
         elif part in FUSED:
             _fill_experts(target, where, experts, layer, FUSED[part])
+        elif name in others:
+            target.copy_(local(others[name]))
         elif part in shared_expert:
             target.zero_()
         else:

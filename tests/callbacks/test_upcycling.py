@@ -115,7 +115,7 @@ def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
 def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):
     stop = EarlyStopping("dense/val_loss", patience=0, min_delta=99.0)
     callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}, report=False), stop]
-    with pytest.warns(UserWarning, match="ended at step 4, before the swap at step 5"):
+    with pytest.warns(UserWarning, match="ended at step 4, before the upcycling at step 5"):
         fit(tmp_path, make_data(), callbacks, limit_train_batches=2, max_epochs=6, max_steps=-1)
 
 

@@ -45,7 +45,7 @@ main()
 """
 
 
-def write_config(run: Path, cache: Path) -> Path:
+def write_config(run: Path, cache: Path, *callbacks: dict) -> Path:
     config = small_config(run, cache)
     harvest, upcycling = config["trainer"]["callbacks"][:2]  # without the report and the pictures
     upcycling["init_args"]["router"]["init_args"]["epochs"] = 3
@@ -53,7 +53,7 @@ def write_config(run: Path, cache: Path) -> Path:
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1},
     }
-    config["trainer"]["callbacks"] = [harvest, upcycling, checkpoint]
+    config["trainer"]["callbacks"] = [harvest, upcycling, checkpoint, *callbacks]
     file = run.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config))
     return file
@@ -118,9 +118,10 @@ def test_mid_epoch_with_loader_processes(make_data, tmp_path, step, packing):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_after_the_swap(cache, tmp_path):
+def test_two_processes_resume_after_swap_and_growth(cache, tmp_path):
     """The sharded MoE is built as the checkpoint says before its weights are read."""
-    config, strategy = write_config(tmp_path / "run", cache), ROOT / "configs/strategy/fsdp.yaml"
+    growth = {"class_path": "callbacks.ExpertGrowth", "init_args": {"at_step": 5}}
+    config, strategy = write_config(tmp_path / "run", cache, growth), ROOT / "configs/strategy/fsdp.yaml"
     command = [sys.executable, "-m", "upit", "fit", "-c", str(config), "-c", str(strategy)]
     environment = {key: value for key, value in os.environ.items() if key != RUN_DIR} | {"OMP_NUM_THREADS": "1"}
 

@@ -1,7 +1,6 @@
 """FSDP2 over two CPU processes (gloo): the same method, the same experts and curves as one process."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import FAMILIES, TINY
+from upit.artefacts import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,13 +100,14 @@ UPCYCLING = {
     "non_experts": {"class_path": "upit.non_experts.Mean"},
     "router": {"class_path": "upit.router_init.Ridge"},
 }
+GROWTH = {"class_path": "callbacks.ExpertGrowth", "init_args": {"at_step": 6, "num_experts": 9}}
 GUARD = {"class_path": "callbacks.CollapseGuard", "init_args": {"window": 2, "action": "raise_weight"}}
 
 
 def others(config: dict) -> dict:
-    """The same run with other strategies."""
+    """The same run with other strategies, and three more experts later."""
     harvest, upcycling, *rest = config["trainer"]["callbacks"]
-    callbacks = [harvest | {"init_args": HARVEST}, upcycling | {"init_args": UPCYCLING}, *rest, GUARD]
+    callbacks = [harvest | {"init_args": HARVEST}, upcycling | {"init_args": UPCYCLING}, *rest, GUARD, GROWTH]
     moe = {"num_experts": 6, "router_z_loss_weight": 0.01}
     return {"trainer": {"callbacks": callbacks}, "model": {"init_args": {"moe": {"init_args": moe}}}}
 
@@ -119,12 +120,14 @@ def test_two_processes_equal_one(tmp_path, cache, change):
     one = fit(tmp_path / "one", cache, changes)
     two = fit(tmp_path / "two", cache, changes, ROOT / "configs/strategy/fsdp.yaml")
 
-    def lineage(run):
-        entries = json.loads((run / "upcycling/lineage.json").read_text())
-        return [(entry["kind"], entry.get("parents"), entry.get("alpha"), entry.get("step")) for entry in entries]
+    def lineages(run):
+        about = ("kind", "parents", "alpha", "step", "trained_to")
+        return [[[entry.get(key) for key in about] for entry in lineage] for lineage in Run(run).lineages]
 
-    assert lineage(one) == lineage(two)
-    for file in ("experts/step_0000004.safetensors", "upcycling/experts/merged_00.safetensors"):
+    assert lineages(one) == lineages(two)
+    grown = [str(file.relative_to(one)) for file in one.glob("growth/experts/*.safetensors")]
+    assert bool(grown) == (change is others)
+    for file in ("experts/step_0000004.safetensors", "upcycling/experts/merged_00.safetensors", *grown):
         ours, theirs = load_file(two / file), load_file(one / file)
         for name in theirs:
             torch.testing.assert_close(

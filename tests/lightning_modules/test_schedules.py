@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from callbacks import ExpertGrowth
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 
@@ -31,6 +32,13 @@ def test_each_phase_has_a_whole_schedule_of_its_own(make_data, tmp_path):
     _, rates = fit(module, make_data(), tmp_path, make_callbacks(report=False))
     assert rates["dense"] == pytest.approx([1e-3 * f for f in (0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)])
     assert rates["moe"] == pytest.approx([2e-3 * f for f in (0, 1, 2 / 3, 1 / 3)])
+
+
+def test_a_growth_starts_a_schedule_of_its_own(make_data, tmp_path):
+    module = make_module(schedule="linear", warmup_fraction=0.25, lr=2e-3)
+    callbacks = [ExpertGrowth(at_step=8, num_experts=5), *make_callbacks(report=False)]
+    _, rates = fit(module, make_data(), tmp_path, callbacks, max_steps=12)
+    assert rates["moe"] == pytest.approx([2e-3 * f for f in (1, 1 / 2, 0, 1, 2 / 3, 1 / 3)])
 
 
 def test_a_dense_module_alone_spends_the_whole_fit(make_data, tmp_path):

@@ -49,7 +49,12 @@ def pictures(num_experts: int, num_layers: int, num_domains: int) -> dict:
         "layers": [0, num_layers - 1],
         "examples": [{"domain": d, "tokens": ["$x", "\n", "_" * 200], "experts": [[0, 1, 1]] * 2} for d in domains],
     }
-    snapshots = [{"step": s, "counts_DEC": counts, "shuffled_D": torch.zeros(num_layers)} for s in range(100, 400, 9)]
+    fewer = counts[:, : -(-num_experts // 2)]  # before the MoE grew
+    snapshots = [
+        {"step": s, "counts_DEC": counts if s > 200 else fewer, "shuffled_D": torch.zeros(num_layers)}
+        for s in range(100, 400, 9)
+    ]
+    event = {"kl": 1e-3, "before": losses, "after": losses}
     curves = {"train/loss": ([0, 9], [6.0, 1.0]), "val/loss": ([5, 9], [2.0, 1.0])}
     curves |= {f"val/loss/{d}": ([5, 9], [2.0, 1.0]) for d in domains}
     scores = {"domains": checkpoints[0]["domains"], "average": {"loss": 1.0, "exact_match": 0.1}}
@@ -63,8 +68,9 @@ def pictures(num_experts: int, num_layers: int, num_domains: int) -> dict:
         "seeds": lambda: seed_figure(examples, names),
         "pilot": lambda: pilot_figure(checkpoints),
         "distance": lambda: distance_figure([{"step": 1, "from_base": 0.1, "from_previous": 0.1}]),
-        "loss": lambda: loss_figure(curves, swap_step=5),
-        "swap": lambda: swap_figure(losses, losses, 1e-3),
+        "loss": lambda: loss_figure(curves, swap_step=5, growth_step=7),
+        "swap": lambda: swap_figure(event),
+        "swap and growth": lambda: swap_figure(event, event),
         "losses": lambda: compared_losses({f"run{i}": curves for i in range(num_domains)}),
         "scores": lambda: compared_scores({f"run{i}": scores for i in range(num_domains)}),
     }

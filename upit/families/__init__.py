@@ -1,5 +1,6 @@
 """Dense families and the MoE family of stock transformers that each one upcycles to: the table, and what it is for."""
 
+import copy
 import re
 
 from transformers import PretrainedConfig
@@ -46,6 +47,11 @@ def family_of(dense: PretrainedConfig) -> Family:
     return FAMILIES[dense.model_type]
 
 
+def family_of_moe(moe: PretrainedConfig) -> Family:
+    """A family by the config of its MoE; families that share a MoE keep it alike."""
+    return next(family for family in FAMILIES.values() if family.moe_type == moe.model_type)
+
+
 def moe_config(dense: PretrainedConfig, *, num_experts: int, top_k: int) -> PretrainedConfig:
     """Config of the MoE with ``num_experts`` experts, ``top_k`` a token, each the size of the dense FFN.
 
@@ -53,6 +59,13 @@ def moe_config(dense: PretrainedConfig, *, num_experts: int, top_k: int) -> Pret
     """
     check_top_k(num_experts, top_k)
     return family_of(dense).moe_config(dense, num_experts=num_experts, top_k=top_k)
+
+
+def grown_config(moe: PretrainedConfig, *, num_experts: int) -> PretrainedConfig:
+    """Config of the same MoE with another number of experts."""
+    config = copy.deepcopy(moe)
+    config.num_experts = num_experts
+    return config
 
 
 def check_top_k(num_experts: int, top_k: int) -> None:
@@ -71,6 +84,8 @@ __all__ = [
     "check_top_k",
     "expert_name",
     "family_of",
+    "family_of_moe",
+    "grown_config",
     "is_expert",
     "moe_config",
     "within_layer",

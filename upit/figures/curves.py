@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from upit.figures.base import MARKERS, canvas, colours, extent
 
 Curves = Mapping[str, tuple[list[int], list[float]]]
+Event = Mapping[str, Any]  # ``{"kl", "before": {domain: loss}, "after": {domain: loss}}``
 TRAIN, HELDOUT = "train/loss", "val/loss"
 
 
-def loss_figure(curves: Curves, swap_step: int | None) -> Figure:
-    """Training and held-out loss over the whole run, the held-out loss per domain, and where the swap was."""
+def loss_figure(curves: Curves, swap_step: int | None, growth_step: int | None = None) -> Figure:
+    """Training and held-out loss over the whole run, the held-out loss per domain, and where swap and growth were."""
     domains = sorted(name for name in curves if name.startswith(f"{HELDOUT}/"))
     figure = canvas(9.0, 4.2)
     axes = figure.subplots()
@@ -25,17 +26,18 @@ def loss_figure(curves: Curves, swap_step: int | None) -> Figure:
     for i, (name, colour) in enumerate(zip(domains, colours(len(domains)), strict=True)):
         marker = MARKERS[i % len(MARKERS)]
         axes.plot(*curves[name], color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=name.split("/")[2])
-    _mark_swap(axes, swap_step)
+    _mark(axes, swap_step, "dense ", " MoE")
+    _mark(axes, growth_step, "", " more experts")
     _loss_axes(axes)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
-def _mark_swap(axes: Axes, step: int | None) -> None:
+def _mark(axes: Axes, step: int | None, before: str, after: str) -> None:
     if step is None:
         return
     axes.axvline(step, color="#D55E00", linestyle="--", linewidth=1.4)
-    for text, side in (("dense ", "right"), (" MoE", "left")):
+    for text, side in ((before, "right"), (after, "left")):
         axes.annotate(
             text, (step, 1.0), xycoords=("data", "axes fraction"), ha=side, va="bottom", fontsize=9, color="#D55E00"
         )
@@ -51,24 +53,30 @@ def _loss_axes(axes: Axes) -> None:
     axes.grid(alpha=0.25, which="both")
 
 
-def swap_figure(before: Mapping[str, float], after: Mapping[str, float], kl: float) -> Figure:
-    """Held-out loss of each domain right before and right after the swap, and the drift of the logits."""
-    domains = list(before)
-    figure = canvas(7.5, max(2.4, 0.42 * len(domains) + 1.3))
-    axes = figure.subplots()
+def swap_figure(swap: Event, growth: Event | None = None) -> Figure:
+    """Held-out loss of each domain right before and right after the swap and a growth, and the drift of the logits."""
+    events = {"the swap": swap} | ({"more experts": growth} if growth else {})
+    figure = canvas(7.5 * len(events), max(2.4, 0.42 * len(swap["before"]) + 1.3))
+    panels = figure.subplots(1, len(events), squeeze=False)[0]
+    for axes, (title, event) in zip(panels, events.items(), strict=True):
+        _swap_panel(axes, title, event)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _swap_panel(axes: Axes, title: str, event: Event) -> None:
+    domains = list(event["before"])
     rows = np.arange(len(domains))
-    blue, orange = colours(2)
-    axes.barh(rows - 0.2, [before[name] for name in domains], height=0.38, color=blue, label="dense, before")
-    axes.barh(rows + 0.2, [after[name] for name in domains], height=0.38, color=orange, label="MoE, after")
+    for key, shift, colour in zip(("before", "after"), (-0.2, 0.2), colours(2), strict=True):
+        axes.barh(rows + shift, [event[key][name] for name in domains], height=0.38, color=colour, label=key)
     for row, name in enumerate(domains):
-        axes.text(after[name], row + 0.2, f" {after[name] - before[name]:+.4f}", va="center", fontsize=8)
+        loss = event["after"][name]
+        axes.text(loss, row + 0.2, f" {loss - event['before'][name]:+.4f}", va="center", fontsize=8)
     axes.set_yticks(rows, domains)
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.set_xlabel("held-out loss (nats per token)")
-    axes.set_title(f"the swap: KL(before || after) of the logits {kl:.2e} nats", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+    axes.set_title(f"{title}: KL(before || after) of the logits {event['kl']:.2e} nats", fontsize=10)
 
 
 def compared_losses(runs: Mapping[str, Curves]) -> Figure:

@@ -82,12 +82,14 @@ def load_figure(counts_DEC: Tensor) -> Figure:
 def time_figure(snapshots: Sequence[Mapping[str, Any]]) -> Figure:
     """Load, its entropy, dead experts and mutual information with the domains, over the steps.
 
+    An expert's load is blank at the steps before it joined.
+
     Args:
         snapshots: of :attr:`upit.artefacts.Run.routing`.
     """
     steps = [snapshot["step"] for snapshot in snapshots]
     counts = [snapshot["counts_DEC"] for snapshot in snapshots]
-    num_experts = counts[0].shape[1]
+    num_experts = counts[-1].shape[1]
     figure = canvas(9.5, 6.0)
     (entropy, information), (dead, loads) = figure.subplots(2, 2)
     blue, orange = colours(2)
@@ -100,10 +102,12 @@ def time_figure(snapshots: Sequence[Mapping[str, Any]]) -> Figure:
     information.set_ylim(bottom=0)
     numbers = [int(dead_experts(c).sum()) for c in counts]
     dead.plot(steps, numbers, marker="o", color=blue)
-    dead.set_ylabel(f"dead experts (of {counts[0].shape[0] * num_experts})")
+    dead.set_ylabel(f"dead experts (of {counts[-1].shape[0] * num_experts})")
     dead.set_ylim(0, max(4, 1.1 * max(numbers)))
     dead.yaxis.get_major_locator().set_params(integer=True)
-    mean_EN = np.stack([load(c).mean(0).numpy() for c in counts], axis=1)
+    mean_EN = np.full((num_experts, len(counts)), np.nan)
+    for n, c in enumerate(counts):
+        mean_EN[: c.shape[1], n] = load(c).mean(0).numpy()
     heatmap(
         loads,
         mean_EN,
@@ -111,7 +115,7 @@ def time_figure(snapshots: Sequence[Mapping[str, Any]]) -> Figure:
         columns=[str(step) for step in steps],
         unit="load, mean over layers",
         low=0,
-        high=max(2.0, mean_EN.max()),
+        high=max(2.0, np.nanmax(mean_EN)),
     )
     tick_labels(loads, expert_names(num_experts), [str(step) for step in steps], most=12)
     loads.set_ylabel("expert")

@@ -1,0 +1,208 @@
+"""What the upcycling and a later growth share: when they happen, whom they tell, and what follows a new model."""
+
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from callbacks.protocol import UpcyclingModule, require_upcycling
+from callbacks.scalars import log_now
+from upit.distributed import rank
+from upit.evaluation import drift, reference_logits
+from upit.expansion import Expansion, expand
+from upit.files import write_json
+from upit.merging import Dare, Merge
+from upit.pool import Expert
+from upit.selection import MostDissimilar, Parents
+from upit.similarity import Cosine, Similarity
+
+C = TypeVar("C", bound=Callback)
+
+
+class UpcyclingEvent(Callback):
+    """Puts another model in the place of the module's, between two optimizer steps of a running fit.
+
+    Other callbacks are told by ``on_<name>_start`` and ``on_<name>_end`` (trainer, module, event).
+    """
+
+    name: ClassVar[str]
+    drift_tag: ClassVar[str]
+    dev_step: ClassVar[int]  # under fast_dev_run
+
+    def __init__(
+        self,
+        at_epoch: float | None,
+        at_step: int | None,
+        merge: Merge | None,
+        parents: Parents | None,
+        similarity: Similarity | None,
+        drift_examples: int,
+        seed: int,
+    ) -> None:
+        if (at_epoch is None) == (at_step is None):
+            raise ValueError(f"give one of at_epoch and at_step: got at_epoch={at_epoch}, at_step={at_step}")
+        if drift_examples < 1:
+            raise ValueError(f"drift_examples={drift_examples} must be at least 1")
+        self.at_epoch = at_epoch
+        self.at_step = at_step
+        self.merge = merge or Dare()
+        self.parents = parents or MostDissimilar()
+        self.similarity = similarity or Cosine()
+        self.drift_examples = drift_examples
+        self.seed = seed
+        self.wall_seconds: dict[str, float] = {}
+
+    # --- before the fit ------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        if stage == "fit":
+            require_upcycling(pl_module, self)
+            if trainer.fast_dev_run:
+                _widen_fast_dev_run(trainer)
+            self.plan(trainer, pl_module)
+
+    @abstractmethod
+    def plan(self, trainer, module: UpcyclingModule) -> None:
+        """Tell the module what is planned, once all that can be checked before training is.
+
+        Raises: ValueError: settings that can't work, named with their values.
+        """
+
+    @property
+    def when(self) -> str:
+        """The setting that says when, for errors."""
+        said = f"at_step={self.at_step}" if self.at_epoch is None else f"at_epoch={self.at_epoch}"
+        return f"{type(self).__name__}.{said}"
+
+    def planned_step(self, trainer, module: UpcyclingModule) -> int:
+        """The optimizer step that the event comes after.
+
+        Raises: ValueError: it is not within the fit.
+        """
+        step, total = self.at_step, module.total_steps()
+        if trainer.fast_dev_run:
+            step = self.dev_step
+        elif step is None:
+            step = round(float(self.at_epoch or 0) * module.steps_per_epoch())
+        if not 0 < step < total:
+            raise ValueError(
+                f"{self.when} is optimizer step {step}, but the fit has {total} steps: "
+                "choose a step before its end, or raise trainer.max_epochs"
+            )
+        return step
+
+    # --- the event -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def due_at(self, module: UpcyclingModule) -> int | None:
+        """The optimizer step that the event comes after; None once it has happened, or before it can."""
+
+    @abstractmethod
+    def change(self, trainer, module: UpcyclingModule) -> None:
+        """Let the module take its new model."""
+
+    @override
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        due_at = self.due_at(pl_module)
+        if due_at is None or trainer.global_step < due_at:
+            return
+        self._tell(trainer, pl_module, f"on_{self.name}_start")
+        compared = trainer.datamodule, self.drift_examples
+        how = {"autocast": pl_module.autocast, "track": self.bar("Comparing logits")}
+        pl_module.eval()
+        before = reference_logits(pl_module.lm, *compared, **how)
+        self.change(trainer, pl_module)
+        pl_module.eval()
+        self.drift = drift(pl_module.lm, before, *compared, **how)
+        pl_module.train()
+        log_now(trainer, {self.drift_tag: self.drift})
+        self._tell(trainer, pl_module, f"on_{self.name}_end")
+
+    @override
+    def on_train_end(self, trainer, pl_module) -> None:
+        due_at = self.due_at(pl_module)
+        if due_at is not None:
+            rank_zero_warn(
+                f"the fit ended at step {trainer.global_step}, before the {self.name} at step {due_at}: the model is "
+                "the one before it. If EarlyStopping ended the fit, let it watch moe/val_loss with strict=False"
+            )
+
+    def expand(
+        self, pool: Sequence[Expert], base: Expert, num_experts: int, directory: Path, **choices: Any
+    ) -> Expansion:
+        """Breed experts by this event's strategies; lineage and similarity go to ``directory``."""
+        expansion = expand(
+            pool,
+            base,
+            num_experts=num_experts,
+            output=directory / "experts",
+            merge=self.merge,
+            parents=self.parents,
+            similarity=self.similarity,
+            seed=self.seed,
+            track=self.bar("Expanding experts"),
+            **choices,
+        )
+        if rank() == 0:
+            write_json(directory / "lineage.json", expansion.lineage)
+            write_json(directory / "similarity.json", expansion.similarity)
+        return expansion
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Note the seconds of a stage in ``wall_seconds``."""
+        start = time.perf_counter()
+        yield
+        self.wall_seconds[stage] = time.perf_counter() - start
+
+    def bar(self, text: str):
+        """A progress bar on rank 0, to wrap what is worked through."""
+        return lambda items, what="": tqdm(items, desc=f"{text} {what}".strip(), leave=False, disable=rank() > 0)
+
+    def _tell(self, trainer, module, hook: str) -> None:
+        for callback in trainer.callbacks:
+            if hasattr(callback, hook):
+                getattr(callback, hook)(trainer, module, self)
+
+
+def run_seed() -> int:
+    """The run's ``seed_everything``; 0 where it has none."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def callback_of(trainer, kind: type[C], *, reason: str) -> C:
+    """The trainer's callback of a kind.
+
+    Raises: ValueError: there is none.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, kind):
+            return callback
+    raise ValueError(f"{reason} callbacks.{kind.__name__}: add it to trainer.callbacks")
+
+
+def follow_module(trainer) -> None:
+    """Let strategy, optimizer and scheduler follow a module whose parameters were replaced.
+
+    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = strategy._setup_model(trainer.lightning_module)
+    strategy.setup_optimizers(trainer)
+
+
+def _widen_fast_dev_run(trainer) -> None:
+    """Give ``fast_dev_run`` the four optimizer steps that the stages need: two dense, two MoE (one of each size)."""
+    trainer.limit_train_batches = 4 * trainer.accumulate_grad_batches
+    trainer.fit_loop.epoch_loop.max_steps = 4

@@ -1,0 +1,76 @@
+"""The growth of a MoE: what is refused before training, and a fit that ends before it."""
+
+import pytest
+from lightning.pytorch.callbacks import EarlyStopping
+
+from callbacks import ExpertGrowth
+from lightning_modules import DenseModule
+from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.selection import Best
+from upit.similarity import Functional
+
+
+def fit(run, data, callbacks, *, module=None, **kwargs):
+    trainer = make_trainer(run, callbacks, logger=False, enable_checkpointing=False, **kwargs)
+    try:
+        trainer.fit(module or make_module(), datamodule=data)
+    finally:
+        assert trainer.global_step == 0 or trainer.global_step >= 4
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "one of at_epoch and at_step"),
+        ({"at_epoch": 1.0, "at_step": 3}, "one of at_epoch and at_step"),
+        (
+            {"at_step": 8, "similarity": Functional()},
+            r"ExpertGrowth\.similarity=Functional.*use upit\.similarity\.Cosine",
+        ),
+        (
+            {"at_step": 8, "parents": Best("val/loss")},
+            r"ExpertGrowth\.parents=Best.*use upit\.selection\.MostDissimilar",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertGrowth(**settings)
+
+
+@pytest.mark.parametrize(
+    ("growth", "moe", "message"),
+    [
+        ({"at_step": 10}, {}, r"ExpertGrowth\.at_step=10 is optimizer step 10, but the fit has 10 steps"),
+        ({"at_epoch": 9.0}, {}, r"ExpertGrowth\.at_epoch=9\.0 is optimizer step \d+, but the fit has 10 steps"),
+        ({"at_step": 6}, {}, r"ExpertGrowth\.at_step=6 is .*, but the swap is at step 6: grow after it"),
+        ({"at_step": 3}, {}, r"the swap is at step 6: grow after it"),
+        ({"at_step": 8, "num_experts": 4}, {}, r"ExpertGrowth\.num_experts=4 must be above the MoE's 4; raise it"),
+        ({"at_step": 8}, {"num_experts": 1, "top_k": 1}, r"num_experts=1 of the MoE; give it at least 2"),
+    ],
+)
+def test_refused_before_training(make_data, tmp_path, growth, moe, message):
+    chosen = [ExpertGrowth(**growth), *make_callbacks(report=False)]
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, make_data(), chosen, module=make_module(**moe))
+
+
+def test_it_needs_an_upcycling_and_happens_once(make_data, tmp_path):
+    with pytest.raises(ValueError, match=r"made by callbacks\.Upcycling: add it"):
+        fit(tmp_path, make_data(), [ExpertGrowth(at_step=8)])
+    with pytest.raises(ValueError, match="ExpertGrowth twice"):
+        fit(tmp_path, make_data(), [ExpertGrowth(at_step=8), ExpertGrowth(at_step=9), *make_callbacks(report=False)])
+
+
+def test_a_module_that_cannot_grow_is_refused(make_data, tmp_path):
+    with pytest.raises(TypeError, match=r"ExpertGrowth needs a module that passes from dense to MoE.*DenseModule"):
+        fit(tmp_path, make_data(), [ExpertGrowth(at_step=8)], module=DenseModule(config=TINY))
+
+
+def test_a_fit_that_ends_before_its_growth_says_so(make_data, tmp_path):
+    stop = EarlyStopping("moe/val_loss", strict=False, patience=0, min_delta=99.0)
+    others = make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False)
+    settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1}
+    with pytest.warns(UserWarning, match="ended at step 8, before the growth at step 9"):
+        fit(tmp_path, make_data(), [ExpertGrowth(at_step=9, num_experts=5), *others, stop], **settings)
