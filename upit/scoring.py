@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from upit.ahead import ahead
 from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Example, collate, length_grouped
 from upit.families import is_expert
@@ -23,17 +24,22 @@ from upit.forward import response_losses
 from upit.losses import grouped_losses
 from upit.pool import Expert, write_expert
 from upit.seed_data import Assignment
-from upit.sharding import fill, full
+from upit.sharding import full, local, local_slices
 from upit.tensor_files import Specs
 
 Autocast = Callable[[], AbstractContextManager]
 
 
+@torch.no_grad()
 def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
     """Copy an expert's FFN weights into a dense model, each rank its own shard."""
-    for name, param in dense.named_parameters():
-        if is_expert(name):
-            fill(param, expert.get_slice(name))
+
+    def part_of(named: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
+        name, param = named
+        return local(param), expert.get_slice(name)[local_slices(param)]
+
+    for param, part in ahead(part_of, [named for named in dense.named_parameters() if is_expert(named[0])]):
+        param.copy_(part)
 
 
 def write_ffn(dense: PreTrainedModel, path: Path, key: str) -> str:
