@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 ASSIGNMENTS = 256  # of one program when they are put in order
 
@@ -67,8 +68,10 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Ten
     counts = empty(blocks, width, dtype=torch.int32, device=ids_N.device)
     order_N, inverse_N = (empty(size, dtype=torch.int32, device=ids_N.device) for _ in range(2))
     ends_E = empty(num_experts, dtype=torch.int32, device=ids_N.device)
-    _count[(blocks,)](ids_N, counts, size, E=width, BLOCK=ASSIGNMENTS)
-    _place[(blocks,)](ids_N, counts, order_N, inverse_N, ends_E, size, blocks, num_experts, E=width, BLOCK=ASSIGNMENTS)
+    wrap_triton(_count)[(blocks,)](ids_N, counts, size, E=width, BLOCK=ASSIGNMENTS)
+    wrap_triton(_place)[(blocks,)](
+        ids_N, counts, order_N, inverse_N, ends_E, size, blocks, num_experts, E=width, BLOCK=ASSIGNMENTS
+    )
     return order_N, inverse_N, ends_E
 
 
@@ -89,7 +92,7 @@ def gather_tokens(source_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     out_NH = torch.empty(len(order_N), width, dtype=source_TH.dtype, device=source_TH.device)
     block = min(4096, triton.next_power_of_2(width))
     grid = (len(order_N), triton.cdiv(width, block))
-    _gather_tokens[grid](source_TH, order_N, out_NH, top_k, width, source_TH.stride(0), BLOCK=block)
+    wrap_triton(_gather_tokens)[grid](source_TH, order_N, out_NH, top_k, width, source_TH.stride(0), BLOCK=block)
     return out_NH
 
 
@@ -111,7 +114,7 @@ def sum_by_token(source_NH: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
     out_TH = torch.empty(num_tokens, width, dtype=source_NH.dtype, device=source_NH.device)
     block = min(4096, triton.next_power_of_2(width))
     grid = (num_tokens, triton.cdiv(width, block))
-    _sum_by_token[grid](source_NH, inverse_N, out_TH, width, K=top_k, BLOCK=block)
+    wrap_triton(_sum_by_token)[grid](source_NH, inverse_N, out_TH, width, K=top_k, BLOCK=block)
     return out_TH
 
 
@@ -139,7 +142,7 @@ def weighted_swiglu(gate_up_NJ: Tensor, weights_N: Tensor, order_N: Tensor) -> T
     out_NI = torch.empty(len(order_N), width, dtype=gate_up_NJ.dtype, device=gate_up_NJ.device)
     block = min(2048, triton.next_power_of_2(width))
     grid = (len(order_N), triton.cdiv(width, block))
-    _swiglu[grid](gate_up_NJ, weights_N, order_N, out_NI, width, BLOCK=block)
+    wrap_triton(_swiglu)[grid](gate_up_NJ, weights_N, order_N, out_NI, width, BLOCK=block)
     return out_NI
 
 
@@ -176,17 +179,17 @@ def weighted_swiglu_backward(
     out_NI, grad_gate_up_NJ = torch.empty_like(grad_NI), torch.empty_like(gate_up_NJ)
     grad_weights_N = torch.empty(len(order_N), dtype=torch.float32, device=grad_NI.device)
     block = min(1024, triton.next_power_of_2(width))
-    _swiglu_backward[(len(order_N),)](
+    wrap_triton(_swiglu_backward)[(len(order_N),)](
         gate_up_NJ, weights_N, order_N, grad_NI, out_NI, grad_gate_up_NJ, grad_weights_N, width, BLOCK=block
     )
     return out_NI, grad_gate_up_NJ, grad_weights_N
 
 
-@torch.library.custom_op("upit::experts", mutates_args=())
+@triton_op("upit::experts", mutates_args={})
 def experts(
     x_TH: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Dropless SwiGLU experts in half precision; one operator, so that compiled code takes it as it is.
+    """Dropless SwiGLU experts in half precision; the compiler sees through it and launches the kernels itself.
 
     Returns: ``out_TH``, and for the backward pass ``gate_up_NJ``, ``order_N``, ``inverse_N``, ``ends_E``.
     """
@@ -199,14 +202,7 @@ def experts(
     return sum_by_token(out_NH, inverse_N, top_k), gate_up_NJ, order_N, inverse_N, ends_E
 
 
-@experts.register_fake
-def _(x_TH, gate_up_EJH, down_EHI, expert_ids_TK, weights_TK):
-    size = expert_ids_TK.numel()
-    indices = [x_TH.new_empty(count, dtype=torch.int32) for count in (size, size, len(gate_up_EJH))]
-    return torch.empty_like(x_TH), x_TH.new_empty(size, gate_up_EJH.shape[1]), *indices
-
-
-@torch.library.custom_op("upit::experts_backward", mutates_args=())
+@triton_op("upit::experts_backward", mutates_args={})
 def experts_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
@@ -231,12 +227,6 @@ def experts_backward(
     grad_gate_up_EJH = F.grouped_mm(grad_gate_up_NJ.t(), x_NH, offs=ends_E)
     grad_x_TH = sum_by_token(grad_x_NH, inverse_N, top_k)
     return grad_x_TH, grad_gate_up_EJH, grad_down_EHI, grad_weights_N.view_as(weights_TK)
-
-
-@experts_backward.register_fake
-def _(grad_TH, x_TH, gate_up_EJH, down_EHI, weights_TK, gate_up_NJ, order_N, inverse_N, ends_E):
-    whole = [x_TH.new_empty(tensor.shape) for tensor in (x_TH, gate_up_EJH, down_EHI)]
-    return *whole, weights_TK.new_empty(weights_TK.shape, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
