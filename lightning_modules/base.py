@@ -1,6 +1,7 @@
 """What the dense and the MoE module share: building, steps, optimizer, and identity in checkpoints."""
 
 import math
+import warnings
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -15,14 +16,18 @@ from typing_extensions import override
 from lightning_modules.monitors import check_monitors
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
-from upit.evaluation import Scores, answer_budget, evaluate, greedy_answers
+from upit.evaluation import Scores, answer_budget, evaluate, greedy_answers, summed_losses
 from upit.examples import IGNORE, PADDING, Batch
 from upit.forward import response_losses
-from upit.losses import grouped_losses
+from upit.metrics import WeightedMeans
 from upit.models import build
 from upit.sharding import shard
 
 PREDICT_TOKENS = 256
+MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
+
+# what is logged at the end of a validation is a mean over the ranks by then
+warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
 
 
 class CausalLMModule(L.LightningModule):
@@ -42,6 +47,8 @@ class CausalLMModule(L.LightningModule):
     """
 
     phase: Literal["dense", "moe"]
+    means: WeightedMeans  # of the terms of this phase's objective, since the last logged step
+    heldout: WeightedMeans  # of a validation or test in progress
 
     def __init__(
         self,
@@ -109,8 +116,8 @@ class CausalLMModule(L.LightningModule):
             )
 
     @abstractmethod
-    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss of a batch, and the terms to log."""
+    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Training loss of a batch, the terms to log, and their weight: the response tokens of a rank, on average."""
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
@@ -120,7 +127,7 @@ class CausalLMModule(L.LightningModule):
 
     def training_metrics(self) -> set[str]:
         """Names of what a training step logs."""
-        return {"train/loss", f"{self.phase}/lm_loss"}
+        return {"train/loss", *(f"{self.phase}/{name}" for name in self.means.names)}
 
     def validation_metrics(self) -> set[str]:
         """Names of what a validation logs."""
@@ -171,54 +178,87 @@ class CausalLMModule(L.LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.compiler.set_stance("default"):
-            loss, terms = self.active.objective(batch)
-        rows = len(batch["input_ids"])
-        self.log("train/loss", terms["lm_loss"], prog_bar=True, sync_dist=True, batch_size=rows)
-        for name, value in terms.items():
-            self.log(f"{self.active.phase}/{name}", value, sync_dist=True, batch_size=rows)
+            loss, terms, tokens = self.active.objective(batch)
+        self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
+        if self._is_logged(batch_idx):
+            self._log_means()
         return loss
 
-    def lm_loss(self, batch: Batch) -> Tensor:
-        """Mean cross entropy of the response tokens; the mean over ranks is that of all the ranks' tokens."""
+    def _is_logged(self, batch_idx: int) -> bool:
+        """Whether a batch is the last of an optimizer step that ``trainer.log_every_n_steps`` picks."""
+        trainer = self.trainer
+        every = trainer.log_every_n_steps
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        return every > 0 and ends_step and (trainer.global_step + 1) % every == 0
+
+    def _log_means(self) -> None:
+        """Log the means since the last logged step; the one place of the training step where ranks and host wait.
+
+        To the loggers directly: Lightning would log the dense phase's last value again with every value of the MoE's.
+        """
+        means = self.active.means.compute()
+        self.active.means.reset()
+        values = {"train/loss": means["lm_loss"]} | {f"{self.active.phase}/{name}": m for name, m in means.items()}
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == "train/loss", logger=False)
+        numbers = {name: float(value) for name, value in values.items()}
+        for logger in self.loggers:
+            logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.global_step)
+            logger.save()
+
+    def lm_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of the response tokens, and how many they are.
+
+        Both so that means over the ranks are right: the count is the mean of the ranks' counts, and the mean of the
+        losses is that of all the ranks' tokens.
+        """
         losses_L, targets_L, _ = response_losses(self.lm, batch)
         count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
-        return losses_L.sum() / count.clamp(min=1.0)
+        count = count.clamp(min=1.0)
+        return losses_L.sum() / count, count
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        domains = self.trainer.datamodule.domains
+        self.heldout = WeightedMeans(["loss", *(f"loss/{name}" for name in domains)]).to(self.device)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        data = self.trainer.datamodule
-        losses, counts = self._domain_losses(batch, data)
-        total = float(counts.sum())
-        mean = losses.sum() / max(1.0, total)
-        for name in ("val/loss", f"{self.active.phase}/val_loss"):
-            self.log(name, mean, batch_size=int(total), sync_dist=True, prog_bar=name == "val/loss")
-        for d, domain in _present(counts, data):
-            value = losses[d] / counts[d].clamp(min=1.0)
-            self.log(f"val/loss/{domain}", value, batch_size=int(counts[d]), sync_dist=True)
+        sums_C, counts_C = summed_losses(self.lm, batch, self.trainer.datamodule)
+        self.heldout.update(*(torch.cat([values_C.sum()[None], values_C]) for values_C in (sums_C, counts_C)))
 
-    def _domain_losses(self, batch: Batch, data) -> tuple[Tensor, Tensor]:
-        """Summed response loss and token count of each domain in a held-out batch."""
-        losses_L, targets_L, ids_L = response_losses(self.lm, batch)
-        domains_L = [data.domains.index(data.heldout_set[i]["domain"]) for i in ids_L.tolist()]
-        groups_L = torch.tensor(domains_L, device=losses_L.device, dtype=torch.long)
-        num_domains = len(data.domains)
-        return grouped_losses(losses_L=losses_L, targets_L=targets_L, groups_L=groups_L, num_groups=num_domains)
+    @override
+    def on_validation_epoch_end(self) -> None:
+        means = self.heldout.compute()
+        self.log(f"{self.active.phase}/val_loss", means["loss"])
+        for name, mean in means.items():
+            self.log(f"val/{name}", mean, prog_bar=name == "loss")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        domains = self.trainer.datamodule.domains
+        names = [f"{metric}/{name}" for metric in ("loss", "exact_match") for name in domains]
+        self.heldout = WeightedMeans(names).to(self.device)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         data = self.trainer.datamodule
-        losses, counts = self._domain_losses(batch, data)
+        sums_C, counts_C = summed_losses(self.lm, batch, data)
         ids_B = batch["example_ids"][:, 0].tolist()
         rows = [data.heldout_set[max(0, i)] for i in ids_B]
         prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
         budgets = [self.active.max_new_tokens or answer_budget(row) for row in rows]
         answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
-        for d, domain in _present(counts, data):
-            own = [b for b, row in enumerate(rows) if ids_B[b] != PADDING and row["domain"] == domain]
-            right = sum(data.verify(rows[b], answers[b]) for b in own) / max(1, len(own))
-            self.log(f"test/exact_match/{domain}", right, batch_size=len(own), sync_dist=True)
-            value = losses[d] / counts[d].clamp(min=1.0)
-            self.log(f"test/loss/{domain}", value, batch_size=int(counts[d]), sync_dist=True)
+        right_2C = torch.zeros(2, len(data.domains))
+        for i, row, answer in zip(ids_B, rows, answers, strict=True):
+            if i != PADDING:
+                right_2C[:, data.domains.index(row["domain"])] += torch.tensor([data.verify(row, answer), 1.0])
+        right_C, asked_C = right_2C.to(sums_C)
+        self.heldout.update(torch.cat([sums_C, right_C]), torch.cat([counts_C, asked_C]))
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{name}": mean for name, mean in self.heldout.compute().items()})
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
@@ -303,6 +343,7 @@ class CausalLMModule(L.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self.identity()
+        checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -313,12 +354,7 @@ class CausalLMModule(L.LightningModule):
             self.active.model = build(config_of(checkpoint[IDENTITY]))
             if self._trainer is not None:
                 self.active.finish(self._trainer)
-
-
-def _present(counts: Tensor, data) -> list[tuple[int, str]]:
-    """The domains of a batch, numbered; those of all the ranks' batches, as every rank must log the same names."""
-    total = all_sum(counts.clone())
-    return [(d, domain) for d, domain in enumerate(data.domains) if total[d] > 0]
+        self.active.means.restore(checkpoint.get(MEANS, {}))
 
 
 def mask_of(batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
 from upit.examples import Batch
+from upit.metrics import WeightedMeans
 from upit.models import build, check_tokenizer, load_pretrained, read_config, scratch_config
 
 
@@ -29,6 +30,7 @@ class DenseModule(CausalLMModule):
             raise ValueError(f"give one of model and config: got model={model!r}, config={config!r}")
         self.source = model
         self.config = config
+        self.means = WeightedMeans(["lm_loss"])
 
     def architecture(self) -> PretrainedConfig:
         """Config of the model that it starts from, known before that is built."""
@@ -45,6 +47,6 @@ class DenseModule(CausalLMModule):
         return model
 
     @override
-    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.lm_loss(batch)
-        return loss, {"lm_loss": loss.detach()}
+    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        loss, response_tokens = self.lm_loss(batch)
+        return loss, {"lm_loss": loss.detach()}, response_tokens

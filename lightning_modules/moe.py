@@ -11,6 +11,7 @@ from upit.examples import Batch
 from upit.families import check_top_k
 from upit.forward import last_routing
 from upit.losses import load_balancing_loss, router_z_loss
+from upit.metrics import WeightedMeans
 from upit.models import check_tokenizer, load_pretrained
 
 
@@ -52,6 +53,8 @@ class MoEModule(CausalLMModule):
         self.top_k = top_k
         self.load_balancing_weight = load_balancing_weight
         self.router_z_loss_weight = router_z_loss_weight
+        terms = ["lm_loss", "load_balancing_loss", *(["router_z_loss"] if router_z_loss_weight else [])]
+        self.means = WeightedMeans(terms)
 
     @override
     def load(self) -> PreTrainedModel:
@@ -62,13 +65,8 @@ class MoEModule(CausalLMModule):
         return model
 
     @override
-    def training_metrics(self) -> set[str]:
-        names = super().training_metrics() | {"moe/load_balancing_loss"}
-        return names | {"moe/router_z_loss"} if self.router_z_loss_weight else names
-
-    @override
-    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        lm_loss = self.lm_loss(batch)
+    def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        lm_loss, response_tokens = self.lm_loss(batch)
         router_logits_DTE, expert_ids_DTK = last_routing(self.lm)
         mask_T = mask_of(batch)
         balance = load_balancing_loss(
@@ -85,4 +83,4 @@ class MoEModule(CausalLMModule):
             z_loss = router_z_loss(router_logits_DTE=router_logits_DTE, mask_T=mask_T, denominator=tokens)
             terms["router_z_loss"] = z_loss.detach()
             loss = loss + self.router_z_loss_weight * z_loss
-        return loss, terms
+        return loss, terms, response_tokens

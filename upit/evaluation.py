@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, own_share, world_size
-from upit.examples import Example, collate, length_grouped
-from upit.forward import response_logits
+from upit.examples import Batch, Example, collate, length_grouped
+from upit.forward import response_logits, response_losses
+from upit.losses import grouped_losses
 from upit.scoring import Autocast, score_examples, to_device
 
 Verify = Callable[[Mapping[str, Any], str], bool]
@@ -54,6 +55,14 @@ def greedy_answers(
 def answer_budget(example: Example, *, margin: int = 16) -> int:
     """Tokens to allow the answer to an example: one and a half times its reference response, and a margin."""
     return (len(example["input_ids"]) - example["prompt_length"]) * 3 // 2 + margin
+
+
+def summed_losses(model: PreTrainedModel, batch: Batch, data) -> tuple[Tensor, Tensor]:
+    """Summed response loss and number of response tokens of each domain in a held-out batch, two float32 (C,)."""
+    losses_L, targets_L, ids_L = response_losses(model, batch)
+    domains_L = [data.domains.index(data.heldout_set[i]["domain"]) for i in ids_L.tolist()]
+    groups_L = torch.tensor(domains_L, device=losses_L.device, dtype=torch.long)
+    return grouped_losses(losses_L=losses_L, targets_L=targets_L, groups_L=groups_L, num_groups=len(data.domains))
 
 
 @torch.no_grad()

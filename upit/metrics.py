@@ -1,10 +1,11 @@
-"""Who gets which tokens: routing counts as a torchmetrics metric, and what is read off them.
+"""Metrics of torchmetrics: weighted means, and who gets which tokens, with what is read off the counts.
 
-Shapes: ``D`` layers, ``E`` experts, ``C`` domains, ``S`` held-out examples, ``T`` tokens, ``K`` experts a token,
-``R`` labellings of the examples, the true one first.
+Shapes: ``N`` named means; ``D`` layers, ``E`` experts, ``C`` domains, ``S`` held-out examples, ``T`` tokens,
+``K`` experts a token, ``R`` labellings of the examples, the true one first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,44 @@ from torch import Tensor
 from torchmetrics import Metric
 
 DEAD_BELOW = 0.01  # of an even share; ours
+
+
+class WeightedMeans(Metric):
+    """Weighted mean of each of N named values over batches and ranks: terms of a loss, losses of the domains.
+
+    An update adds to sums on the device and waits for nothing. The ranks exchange them at ``compute``, all names in
+    one tensor; N metrics would exchange two each.
+    """
+
+    full_state_update = False
+    totals_2N: Tensor
+
+    def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = list(names)
+        self.add_state("totals_2N", torch.zeros(2, len(names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn, exclude_state=""):
+        # under bf16-true Lightning casts the whole module, by a call that torchmetrics' own guard does not know
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
+
+    def update(self, sums_N: Tensor, weights_N: Tensor) -> None:
+        """Add values, each times its weight, and the weights."""
+        self.totals_2N += torch.stack([sums_N, weights_N])
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns: the mean of each name that has a weight on any rank, on the CPU."""
+        sums_N, weights_N = self.totals_2N.cpu()
+        return {name: sums_N[n] / weights_N[n] for n, name in enumerate(self.names) if weights_N[n] > 0}
+
+    def totals(self) -> dict[str, list[float]]:
+        """Sum and weight of each name so far, of this rank, for a checkpoint."""
+        return dict(zip(self.names, self.totals_2N.T.tolist(), strict=True))
+
+    def restore(self, totals: Mapping[str, Sequence[float]]) -> None:
+        """Go on from :meth:`totals`; a name that is not there starts at nothing."""
+        found = torch.tensor([totals.get(name, (0.0, 0.0)) for name in self.names], dtype=torch.float64)
+        self.totals_2N = found.T.to(self.totals_2N.device)
 
 
 def load(counts: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ def test_phase_is_a_step_at_the_swap(events):
     assert [(event.step, event.value) for event in events.Scalars("moe/phase")] == [(0, 0.0), (4, 0.0), (4, 1.0)]
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == list(range(12)), "one curve over both phases"
+    by_phase = [[event.step for event in events.Scalars(f"{phase}/lm_loss")] for phase in ("dense", "moe")]
+    assert by_phase == [[0, 1, 2, 3], list(range(4, 12))], "each phase's own curve ends or starts at the swap"
 
 
 def test_routing_is_snapped_at_the_swap_and_at_each_validation(events):

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Stoc
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from upit.artefacts import Run
 from upit.examples import collate
 from upit.export import export_checkpoint
 from upit.forward import response_logits
@@ -74,8 +76,6 @@ def test_export_of_a_checkpoint(finished, tmp_path, step, kind):
 @pytest.mark.parametrize("step", [2, 6, 8])
 def test_resume_is_bitwise(finished, make_data, tmp_path, step):
     """Mid-epoch in the dense phase, at the swap's own step, and mid-epoch after it."""
-    import shutil
-
     run, _, module = finished
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
@@ -85,6 +85,25 @@ def test_resume_is_bitwise(finished, make_data, tmp_path, step):
     assert trainer.global_step == 10
     for (name, ours), theirs in zip(resumed.state_dict().items(), module.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_the_logged_curve_of_a_resumed_run_is_the_same(make_data, tmp_path):
+    """Also where it was stopped between two logged steps, whose mean takes in the steps before."""
+    whole = tmp_path / "whole"
+    settings = {"log_every_n_steps": 4, "limit_val_batches": 0}
+    callbacks = [*make_callbacks(report=False), every_step_checkpoints(whole)]
+    make_trainer(whole, callbacks, **settings).fit(make_module(), datamodule=make_data())
+    for step in (2, 7):
+        copied = tmp_path / f"from_{step}"
+        shutil.copytree(whole, copied)
+        trainer = make_trainer(copied, make_callbacks(report=False), **settings)
+        checkpoint = copied / f"checkpoints/step={step}.ckpt"
+        trainer.fit(make_module(), datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+        for name in ("train/loss", "moe/load_balancing_loss"):
+            (steps, values), (all_steps, all_values) = (Run(run).curves[name] for run in (copied, whole))
+            assert steps == all_steps[-len(steps) :]
+            assert values == all_values[-len(steps) :]
+    assert Run(whole).curves["train/loss"][0] == [3, 7]
 
 
 def test_killed_during_expansion_reuses_what_is_finished(finished, make_data, tmp_path, monkeypatch):

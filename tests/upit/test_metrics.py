@@ -8,6 +8,7 @@ import torch
 
 from upit.metrics import (
     DomainRouting,
+    WeightedMeans,
     dead_experts,
     domain_shares,
     load,
@@ -47,6 +48,44 @@ def naive_information(counts) -> float:
             if joint[e, c] > 0:
                 total += joint[e, c] * math.log2(joint[e, c] / (joint[e].sum() * joint[:, c].sum()))
     return total
+
+
+def test_means_are_weighted_and_leave_out_what_has_no_weight():
+    means = WeightedMeans(["a", "b", "c"])
+    for values, weights in (([1.0, 4.0, 0.0], [1.0, 1.0, 0.0]), ([2.0, 0.0, 0.0], [3.0, 0.0, 0.0])):
+        means.update(torch.tensor(values) * torch.tensor(weights), torch.tensor(weights))
+    assert {name: float(mean) for name, mean in means.compute().items()} == {"a": 1.75, "b": 4.0}
+
+
+def test_means_of_two_ranks_with_unequal_weights_equal_one():
+    ranks: list[WeightedMeans] = []
+    for sums, weights in (([30.0, 0.0], [10.0, 0.0]), ([2.0, 5.0], [2.0, 1.0])):
+        gather = {
+            "dist_sync_fn": lambda state, group: [r.totals_2N for r in ranks],
+            "distributed_available_fn": lambda: True,
+        }
+        ranks.append(WeightedMeans(["a", "b"], **gather))
+        ranks[-1].update(torch.tensor(sums), torch.tensor(weights))
+    for rank in ranks:
+        assert {name: float(mean) for name, mean in rank.compute().items()} == pytest.approx({"a": 32 / 12, "b": 5.0})
+    assert ranks[0].totals() == {"a": [30.0, 10.0], "b": [0.0, 0.0]}, "a rank goes on from its own sums"
+
+
+def test_means_keep_their_precision_in_a_module_that_is_cast():
+    module = torch.nn.Module()
+    module.means = WeightedMeans(["a"])
+    module.means.update(torch.tensor([1001.0]), torch.tensor([1.0]))
+    module.to(torch.bfloat16)
+    module.means.update(torch.tensor([1.0]), torch.tensor([1.0]))
+    assert float(module.means.compute()["a"]) == 501.0
+
+
+def test_means_go_on_from_a_checkpoint():
+    before, after = WeightedMeans(["a", "b"]), WeightedMeans(["b", "c"])
+    before.update(torch.tensor([1.0, 6.0]), torch.tensor([1.0, 2.0]))
+    after.restore(before.totals())
+    after.update(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]))
+    assert {name: float(mean) for name, mean in after.compute().items()} == {"b": 3.0}
 
 
 def test_counts_equal_a_loop_and_leave_padding_out():
