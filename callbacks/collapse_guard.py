@@ -4,15 +4,13 @@ import warnings
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
-from torch import Tensor
 from typing_extensions import override
 
 from callbacks.scalars import log_now
 from upit.collapse import balance_of, collapsed
-from upit.distributed import all_sum
 from upit.examples import PADDING
 from upit.forward import last_routing
-from upit.losses import assignment_counts
+from upit.metrics import ExpertLoad
 
 
 class CollapseGuard(Callback):
@@ -54,7 +52,7 @@ class CollapseGuard(Callback):
         self.factor = factor
         self.max_weight = max_weight
         self.looked_at: int | None = None  # optimizer step; None until the first MoE step
-        self.counts_DE: Tensor | None = None
+        self.load: ExpertLoad | None = None  # of the window so far
         self.weight: float | None = None  # the raised one
 
     @override
@@ -71,8 +69,11 @@ class CollapseGuard(Callback):
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:
-        if self.weight is not None:  # resumed
+        # of a resumed run
+        if self.weight is not None:
             pl_module.active.load_balancing_weight = self.weight
+        if self.load is not None:
+            self.load.to(pl_module.device)
 
     @override
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -91,12 +92,13 @@ class CollapseGuard(Callback):
     def _count(self, module, batch) -> None:
         logits_DTE, expert_ids_DTK = last_routing(module.lm)
         weight_T = (batch["example_ids"] != PADDING).flatten().float()
-        counts_DE = assignment_counts(expert_ids_DTK, weight_T, logits_DTE.shape[-1])
-        self.counts_DE = counts_DE if self.counts_DE is None else self.counts_DE.to(counts_DE) + counts_DE
+        if self.load is None:
+            self.load = ExpertLoad(len(logits_DTE), logits_DTE.shape[-1]).to(weight_T.device)
+        self.load.update(expert_ids_DTK, weight_T)
 
     def _look(self, trainer, module) -> None:
-        share_DE, entropy_D = balance_of(all_sum(self.counts_DE).cpu())  # type: ignore[arg-type]
-        self.counts_DE = None
+        share_DE, entropy_D = balance_of(self.load.compute())  # type: ignore[union-attr]
+        self.load = None
         log_now(trainer, {"router/min_share": float(share_DE.min()), "router/min_entropy": float(entropy_D.min())})
         lines = collapsed(share_DE, entropy_D, min_share=self.min_share, min_entropy=self.min_entropy)
         if lines:
@@ -120,11 +122,14 @@ class CollapseGuard(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         # of several ranks, rank 0's counts stand for all
-        counts = None if self.counts_DE is None else self.counts_DE.cpu()
+        counts = None if self.load is None else self.load.counts_DE.cpu()
         return {"looked_at": self.looked_at, "counts_DE": counts, "weight": self.weight}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.looked_at = state_dict["looked_at"]
-        self.counts_DE = state_dict["counts_DE"]
+        counts_DE = state_dict["counts_DE"]
+        if counts_DE is not None:
+            self.load = ExpertLoad(*counts_DE.shape)
+            self.load.counts_DE = counts_DE.double()
         self.weight = state_dict["weight"]

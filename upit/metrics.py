@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from upit.losses import assignment_counts
+
 DEAD_BELOW = 0.01  # of an even share; ours
 
 
@@ -84,6 +86,26 @@ def mutual_information(counts: Tensor) -> Tensor:
     joint = counts.double() / counts.sum((-2, -1), keepdim=True).clamp(min=1)
     entropies = [torch.special.entr(p).sum(-1) for p in (joint.sum(-1), joint.sum(-2), joint.flatten(-2))]
     return (entropies[0] + entropies[1] - entropies[2]) / torch.tensor(2.0, dtype=torch.float64).log()
+
+
+class ExpertLoad(Metric):
+    """Assignments by layer and expert, summed over the ranks; counted on the device, read at ``compute``."""
+
+    full_state_update = False
+    counts_DE: Tensor
+
+    def __init__(self, num_layers: int, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        counts_DE = torch.zeros(num_layers, num_experts, dtype=torch.float64)
+        self.add_state("counts_DE", counts_DE, dist_reduce_fx="sum")
+
+    def update(self, expert_ids_DTK: Tensor, weight_T: Tensor) -> None:
+        """Count a batch; a token counts by its weight."""
+        self.counts_DE += assignment_counts(expert_ids_DTK, weight_T, self.counts_DE.shape[1])
+
+    def compute(self) -> Tensor:
+        """Returns: the counts, (D, E), on the CPU."""
+        return self.counts_DE.cpu()
 
 
 class DomainRouting(Metric):

@@ -61,7 +61,7 @@ def test_resumes_within_a_window(fit, tmp_path):
     _, resumed = fit(again, ckpt_path=tmp_path / "checkpoints/step=6.ckpt")
     assert again.weight == whole.weight == pytest.approx(0.04)
     assert again.looked_at == whole.looked_at == 8
-    assert torch.equal(again.counts_DE, whole.counts_DE)
+    assert torch.equal(again.load.counts_DE, whole.load.counts_DE)
     for ours, theirs in zip(resumed.state_dict().values(), module.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
