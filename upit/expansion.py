@@ -65,7 +65,7 @@ def expand(
     if num_experts < len(pool):
         chosen = (selection or Even()).choose(similarity.matrix(products), num_experts)
         experts, products = [experts[i] for i in chosen], products[chosen][:, chosen]
-    lineage = [_entry(i, expert) for i, expert in enumerate(experts)]
+    lineage = [_entry(i, expert, similarity) for i, expert in enumerate(experts)]
     used: set[tuple[int, int]] = set()
     for number in range(num_experts - len(experts)):
         matrix = similarity.matrix(products)
@@ -74,7 +74,7 @@ def expand(
         birth = _birth(number, (j, k), float(matrix[j, k]), seed)
         birth |= {"merge": merge.describe(), "chosen_by": [parents.describe(), similarity.describe()]}
         child = _child([experts[j], experts[k]], base, birth, merge, output, track)
-        lineage.append(_entry(len(experts), child) | {"drop_rate": getattr(merge, "drop_rate", None)})
+        lineage.append(_entry(len(experts), child, similarity) | {"drop_rate": getattr(merge, "drop_rate", None)})
         experts.append(child)
         row = _products(similarity, experts, 1, base, score, track)
         products = torch.cat([torch.cat([products, row[:, :-1].T], dim=1), row])
@@ -101,8 +101,9 @@ def _products(
     return on_rank_zero(lambda: similarity.products(experts, new, base, track=track))
 
 
-def _entry(i: int, expert: Expert) -> dict[str, Any]:
-    return {"expert": i, **expert.origin, "file": str(expert.file), "sha256": expert.sha256}
+def _entry(i: int, expert: Expert, similarity: Similarity) -> dict[str, Any]:
+    file = {"file": str(expert.file), "sha256": expert.sha256}
+    return {"expert": i, **expert.origin, **file, "measure": similarity.describe()}
 
 
 def _birth(number: int, pair: tuple[int, int], similarity: float, seed: int) -> dict[str, Any]:

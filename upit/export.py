@@ -122,7 +122,7 @@ def _birth(entry: Mapping[str, Any]) -> str:
     kind = entry["kind"]
     if kind == "merged":
         j, k = entry["parents"]
-        return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, {_words(entry['merge'])}"
+        return f"{entry['alpha']:.2f} x expert {j} + {entry['beta']:.2f} x expert {k}, {in_words(entry['merge'])}"
     place = f" in {entry['path']}" if "path" in entry else ""
     if kind == "harvested":
         return f"checkpoint of step {entry['step']} (epoch {entry['epoch']:.2f}){place}"
@@ -130,10 +130,10 @@ def _birth(entry: Mapping[str, Any]) -> str:
         return "the model before instruction tuning"
     if kind == "checkpoint":
         return f"checkpoint{place}"
-    return _words(entry["source"])
+    return in_words(entry["source"])
 
 
-def _words(strategy: Mapping[str, Any]) -> str:
+def in_words(strategy: Mapping[str, Any]) -> str:
     """A strategy's description in words: its name, and its arguments in brackets."""
     arguments = ", ".join(f"{name} {value}" for name, value in strategy.items() if name != "name")
     return f"{strategy['name']} ({arguments})" if arguments else strategy["name"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from upit.artefacts import Run
+from upit.export import in_words
 from upit.figures.curves import loss_figure, swap_figure
 from upit.figures.lineage import lineage_figure, short_name
 from upit.figures.pilot import distance_figure, pilot_figure
@@ -42,9 +43,8 @@ def _distance(run: Run) -> Figure | None:
 def _similarity(run: Run) -> Figure | None:
     if run.similarity is None or run.lineage is None:
         return None
-    measures = [entry["chosen_by"][1]["name"] for entry in run.lineage if "chosen_by" in entry]
-    measure = measures[-1] if measures else "of the parameters"
-    return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage], measure)
+    measure = run.lineage[-1].get("measure", {"name": "measure not recorded"})
+    return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage], in_words(measure))
 
 
 def _lineage(run: Run) -> Figure | None:

@@ -51,6 +51,7 @@ def test_n_equal_m_is_the_pool_itself(pool, tmp_path):
     assert [expert.sha256 for expert in expansion.experts] == [expert.sha256 for expert in pool.experts]
     assert [entry["kind"] for entry in expansion.lineage] == ["harvested"] * 4
     assert [entry["step"] for entry in expansion.lineage] == [1, 2, 3, 4]
+    assert [entry["measure"] for entry in expansion.lineage] == [{"name": "Cosine", "against": "base"}] * 4
     assert not list(tmp_path.glob("out/*"))
 
 

@@ -86,6 +86,16 @@ def flip(file):
     file.write_bytes(content)
 
 
+def test_a_file_is_hashed_once_a_process_until_it_changes(pool, monkeypatch):
+    pool.verify()
+    with monkeypatch.context() as patch:
+        patch.setattr("upit.pool.hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        pool.verify()
+    flip(pool.directory / "base.safetensors")
+    with pytest.raises(ExpertFileError, match="the manifest says"):
+        pool.verify()
+
+
 def other_shape(file):
     tensors = load_file(file)
     name = next(iter(tensors))

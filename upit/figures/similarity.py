@@ -61,7 +61,7 @@ def similarity_figure(similarity: Sequence[Sequence[float]], names: Sequence[str
     top.tick_params(axis="x", bottom=False, labelbottom=False)
     top.tick_params(axis="y", labelsize=7)
     top.spines[["top", "right", "bottom"]].set_visible(False)
-    heatmap(middle, ordered, rows=labels, columns=labels, unit=f"similarity ({measure})", text=".2f")
+    heatmap(middle, ordered, rows=labels, columns=labels, unit=f"similarity: {measure}", text=".2f")
     middle.tick_params(axis="x", rotation=90)
     return figure
 

@@ -1,0 +1,22 @@
+"""Pictures from a run's files."""
+
+import pytest
+
+from upit.artefacts import Run
+from upit.pictures import draw
+
+
+@pytest.mark.parametrize(
+    ("about", "label"),
+    [
+        ({"measure": {"name": "Cosine", "against": "base"}}, "similarity: Cosine (against base)"),
+        ({}, "similarity: measure not recorded"),  # of an older run
+    ],
+)
+def test_similarity_names_its_measure_where_nothing_was_merged(tmp_path, about, label):
+    run = Run(tmp_path)
+    run.save("upcycling/similarity.json", [[1.0, 0.5], [0.5, 1.0]])
+    lineage = [{"expert": i, "kind": "harvested", "step": i + 1, "epoch": 0.5, **about} for i in range(2)]
+    run.save("upcycling/lineage.json", lineage)
+    figure = draw("experts/similarity", run)
+    assert label in [axes.get_ylabel() for axes in figure.axes]
