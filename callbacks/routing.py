@@ -1,16 +1,17 @@
 """Who gets which tokens, right after the swap or a growth and at every validation after it."""
 
 import time
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from callbacks.pictures import Pictures, bar, run_of
+from callbacks.pictures import Pictures, bar, run_of, tensorboards
 from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
 from upit.metrics import SUMMARY, DomainRouting, summary
 from upit.routing import count_heldout, domain_routing, expert_choices, token_view
+from upit.token_text import token_text
 
 DRAWING = 0.01
 
@@ -20,7 +21,8 @@ class RoutingPicture(Pictures):
 
     Counts ride along with the validation's own passes and stay on the device until its end. Each snapshot goes to
     ``<run>/routing/step_*.json`` and is logged as ``router/*``; pictures are drawn at the swap, at the end, and
-    at the ends of epochs that are long enough for it to take at most ``DRAWING`` of the time.
+    at the ends of epochs that are long enough for it to take at most ``DRAWING`` of the time. ``router/tokens`` is
+    there as a picture and as a text.
     """
 
     tags = ("router/domains", "router/load", "router/over_time", "router/tokens")
@@ -29,6 +31,7 @@ class RoutingPicture(Pictures):
 
     def __init__(self) -> None:
         self.metric: DomainRouting | None = None
+        self.tokens: dict[str, Any] | None = None  # the latest view
         self._drawn_at = self._seconds = 0.0
 
     @override
@@ -75,13 +78,16 @@ class RoutingPicture(Pictures):
     def show(self, trainer) -> None:
         start = time.perf_counter()
         super().show(trainer)
+        if self.tokens is not None:
+            for writer in tensorboards(trainer):
+                writer.add_text("router/tokens", token_text(self.tokens), trainer.global_step)
         self._drawn_at = time.perf_counter()
         self._seconds = self._drawn_at - start
 
     def _snapshot(self, trainer, module, metric: DomainRouting) -> dict[str, float]:
         """Write what was counted, and sum it up; a collective."""
         routing = {name: value.cpu() for name, value in metric.compute().items()}
-        tokens = token_view(module.lm, trainer.datamodule, autocast=module.autocast)
+        self.tokens = token_view(module.lm, trainer.datamodule, autocast=module.autocast)
         if rank() == 0 and trainer.state.fn == "fit":
-            run_of(trainer).save_routing(trainer.global_step, trainer.datamodule.domains, routing, tokens)
+            run_of(trainer).save_routing(trainer.global_step, trainer.datamodule.domains, routing, self.tokens)
         return {f"router/{name}": value for name, value in summary(**routing).items()}

@@ -86,6 +86,12 @@ def test_final_table_as_text(events, pictured):
     assert f"{final['loss']:.3f}, {final['exact_match']:.1%}" in text
 
 
+def test_the_token_view_is_a_text_too(events):
+    texts = events.Tensors("router/tokens/text_summary")
+    assert [event.step for event in texts] == [4, 12], "when its picture is drawn"
+    assert "**letters, layer 1**" in texts[-1].tensor_proto.string_val[0].decode()
+
+
 def test_artefacts_agree_with_the_run(pictured):
     run = Run(pictured)
     assert [point["step"] for point in run.pilot] == [2, 4]

@@ -14,8 +14,10 @@ from urllib.parse import quote
 
 import pytest
 
+from upit.artefacts import Run
 from upit.page import write_page
 from upit.pictures import PICTURES
+from upit.token_text import symbol, token_text
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), "")
@@ -26,11 +28,30 @@ pytestmark = [
 ]
 
 
-def rendered(url: str, folder: Path, *, milliseconds: int) -> str:
+# the text page keeps its content in shadow trees, which a dump of the DOM leaves out
+MANIFEST = {"manifest_version": 3, "name": "probe", "version": "1"}
+PROBE = """
+const texts = node => node.nodeType == Node.TEXT_NODE ? node.data
+  : [node.shadowRoot, ...node.childNodes].filter(Boolean).map(texts).join(" ");
+const shown = document.body.appendChild(document.createElement("pre"));
+setInterval(() => { shown.textContent = texts(document.querySelector("tf-text-dashboard") ?? shown); }, 500);
+"""
+
+
+def probe(folder: Path) -> str:
+    """A browser extension that copies the text page's text to where a dump has it, as a flag."""
+    folder.mkdir()
+    script = {"matches": ["http://127.0.0.1/*"], "js": ["probe.js"]}
+    (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "content_scripts": [script]}))
+    (folder / "probe.js").write_text(PROBE)
+    return f"--load-extension={folder}"
+
+
+def rendered(url: str, folder: Path, *more: str, milliseconds: int) -> str:
     """The page's DOM once its scripts ran for a while."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1600,4000"]
     flags += ["--run-all-compositor-stages-before-draw", f"--virtual-time-budget={milliseconds}"]
-    command = [CHROMIUM, *flags, f"--user-data-dir={folder}", "--dump-dom", url]
+    command = [CHROMIUM, *flags, *more, f"--user-data-dir={folder}", "--dump-dom", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=150, check=True).stdout
 
 
@@ -81,3 +102,14 @@ def test_tensorboard_shows_the_pictures(tensorboard, tmp_path):
     addresses = re.findall(r'<img[^>]*imageId=([^"&]+)', rendered(url, tmp_path / "profile", milliseconds=20000))
     shown = {json.loads(base64.urlsafe_b64decode(address + "=="))[-3] for address in addresses}
     assert shown == set(PICTURES)
+
+
+def test_tensorboard_shows_the_token_text(tensorboard, pictured, tmp_path):
+    extension = probe(tmp_path / "probe")
+    page = rendered(f"{tensorboard}/#text", tmp_path / "profile", extension, milliseconds=20000)
+    assert "router/tokens/text_summary" in page
+    tokens = Run(pictured).routing[-1]["tokens"]
+    legend = token_text(tokens).split("\n")[0]
+    assert legend in page
+    assert f"letters, layer {tokens['layers'][-1]}" in page
+    assert page.count(symbol(0)[0]) > 5, "in the legend and in the text"
