@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import MaxNLocator
 
 from upit.export import origin
 from upit.figures.base import PALETTE, canvas
@@ -59,7 +60,7 @@ def lineage_figure(lineage: Sequence[Entry]) -> Figure:
         axes.axhline(y, color="0.92", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.4, max(depth) + 0.4)
     axes.set_ylim(len(lineage) - 0.4, -0.6)
-    axes.set_xticks(range(max(depth) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(14, integer=True))
     axes.set_yticks([])
     axes.set_xlabel("generation")
     axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9, loc="left")

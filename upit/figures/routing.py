@@ -45,7 +45,7 @@ def domain_figure(counts_DEC: Tensor, domains: Sequence[str]) -> Figure:
             continue
         image = panel.imshow(shares[..., c], cmap="cividis", vmin=0, vmax=high, aspect="auto", interpolation="nearest")
         panel.set_title(domains[c], fontsize=9)
-        panel.tick_params(labelsize=7)
+        panel.tick_params(labelsize=7, labelbottom=c + across >= len(domains))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.yaxis.get_major_locator().set_params(integer=True)
     lower.supxlabel("expert", fontsize=8)

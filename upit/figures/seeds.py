@@ -42,9 +42,9 @@ def seed_figure(examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
 def _bucket_bars(axes, wish_S: np.ndarray, owner_S: np.ndarray, num_experts: int) -> None:
     rows = np.arange(num_experts)
     orange, blue = colours(2)[::-1]
-    for values, shift, colour, label in ((wish_S, -0.2, orange, "before"), (owner_S, 0.2, blue, "after")):
+    for values, shift, colour in ((wish_S, -0.2, orange), (owner_S, 0.2, blue)):
         sizes = np.bincount(values, minlength=num_experts)
-        axes.barh(rows + shift, sizes, height=0.38, color=colour, label=label)
-    axes.set_title("bucket before and after\ncapacity (examples)", fontsize=9)
+        axes.barh(rows + shift, sizes, height=0.38, color=colour)
+    axes.set_title("examples that prefer it (orange)\nand that it got (blue)", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
-    axes.legend(fontsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True)
