@@ -43,7 +43,7 @@ SHAPES = {
     "cuda": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
 }
 DATA = {
-    "cpu": {"train_size": 400, "heldout_size": 20, "max_length": 256, "batch_size": 4},
+    "cpu": {"train_size": 400, "heldout_size": 20, "max_length": 256, "batch_size": 3},
     "cuda": {"train_size": 3000, "heldout_size": 100, "max_length": 1024, "batch_size": 16},
 }
 
@@ -67,7 +67,7 @@ class Turns(Callback):
     def be(self, trainer, module, kind: str) -> None:
         self.kind = kind
         on = kind not in ("off", "validation off")
-        trainer.callbacks = [self, *(self.watchers if on else [])]
+        trainer.callbacks = [*(self.watchers if on else []), self]
         trainer.loggers = self.loggers if on else []
         trainer.log_every_n_steps = int(kind == "logged")
         module.means.update = self.update if on else lambda *_: None
@@ -89,6 +89,7 @@ class Turns(Callback):
         self.turn(trainer, pl_module)
 
     def on_validation_start(self, trainer, pl_module) -> None:
+        self.kinds.append(self.kind)  # of the next step, put off
         count = sum(len(self.seconds[kind]) for kind in VALIDATIONS)
         self.turn(trainer, pl_module, VALIDATIONS[count % 2])
 

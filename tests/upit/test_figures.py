@@ -132,5 +132,13 @@ def test_family_tree():
     assert short_name(lineage[9]) == "9 (1+8)"
 
 
+def test_generations_do_not_overlap():
+    figure = lineage_figure(lineage_of(64))
+    png(figure)
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert len(boxes) > 5
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+
+
 def test_ink_reads_on_its_colour():
     assert (ink("#000000"), ink("#F0E442")) == ("white", "black")

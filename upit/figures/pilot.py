@@ -66,6 +66,7 @@ def distance_figure(distances: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("distance (parts of the base's norm)")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     return figure
