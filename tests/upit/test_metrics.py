@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from upit.metrics import (
     DomainRouting,
+    ExpertLoad,
     WeightedMeans,
     dead_experts,
     domain_shares,
@@ -78,6 +80,36 @@ def test_means_keep_their_precision_in_a_module_that_is_cast():
     module.to(torch.bfloat16)
     module.means.update(torch.tensor([1.0]), torch.tensor([1.0]))
     assert float(module.means.compute()["a"]) == 501.0
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_does_not_wait_for_the_device():
+    means, load, routed = WeightedMeans(["a"]), ExpertLoad(D, E), metric()
+    expert_ids, examples_T = routing()
+    with HostReads() as reads:
+        means.update(torch.tensor([1.0]), torch.tensor([1.0]))
+        load.update(torch.stack(expert_ids), (examples_T >= 0).float())
+        routed.update(expert_ids, examples_T)
+        assert reads.count == 0
+        means.compute()
+        assert reads.count > 0, "reads are seen"
+
+
+def test_expert_load_equals_the_routing_without_domains():
+    expert_ids, examples_T = routing()
+    load, routed = ExpertLoad(D, E), metric()
+    load.update(torch.stack(expert_ids), (examples_T >= 0).float())
+    routed.update(expert_ids, examples_T)
+    assert torch.equal(load.compute(), routed.compute()["counts_DEC"].sum(-1).double())
 
 
 def test_means_go_on_from_a_checkpoint():
