@@ -147,9 +147,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, {options.rounds} rounds")
     print("| | off, ms | added, ms | share | quartiles |\n|---|---|---|---|---|")
     off, on, logged = (turns.seconds[kind] for kind in STEPS)
-    spread = [(9 * a + b) / 10 for a, b in zip(on, logged, strict=True)]
     print(row("step", off, on), row("logged step", off, logged), sep="\n")
-    print(row("step, where every tenth is logged", off, spread))
     print(row("validation", *(turns.seconds[kind] for kind in VALIDATIONS)))
     print(f"The pictures of the routing and the curves, drawn once: {turns.drawing:.2f} s")
 
