@@ -1,8 +1,8 @@
 """What looking at a run costs: steps and validations of one fit, with everything that looks on and off in turns.
 
-    python -m benchmarks.metrics_cost [--device cpu|cuda] [--rounds 60]
+    python -m benchmarks.metrics_cost [--device cpu|cuda] [--rounds 50]
 
-Post-training of a MoE from scratch; ``cuda`` takes SmolLM2-135M's shape, uncompiled. A round is three steps in random
+Post-training of a MoE from scratch; ``cuda`` takes SmolLM2-135M's width, uncompiled. A round is three steps in random
 order: ``off``, nothing looks; ``on``, metrics are collected, the collapse guard and the routing callback are there;
 ``logged``, the same and a logged step, with the learning rate, to TensorBoard and CSV. Every second validation counts
 and writes the routing. Medians of the rounds' differences, so that each compares steps that saw the same machine; on
@@ -40,11 +40,11 @@ FAMILIES = {
 }
 SHAPES = {
     "cpu": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "cuda": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+    "cuda": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 9},
 }
 DATA = {
     "cpu": {"train_size": 400, "heldout_size": 20, "max_length": 256, "batch_size": 3},
-    "cuda": {"train_size": 3000, "heldout_size": 100, "max_length": 1024, "batch_size": 16},
+    "cuda": {"train_size": 1500, "heldout_size": 40, "max_length": 1024, "batch_size": 16},
 }
 
 
@@ -139,7 +139,7 @@ def row(name: str, off: list[float], on: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         turns = fit(options.device, options.rounds, folder)

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from upit.figures.base import MARKERS, canvas, colours
 from upit.pilot import HIGHER_IS_BETTER, specialist_gain
@@ -66,7 +67,7 @@ def distance_figure(distances: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("distance (parts of the base's norm)")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     return figure
