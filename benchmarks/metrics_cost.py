@@ -1,12 +1,12 @@
 """What looking at a run costs: steps and validations of one fit, with everything that looks on and off in turns.
 
-    python -m benchmarks.metrics_cost [--device cpu|cuda] [--rounds 50]
+    python -m benchmarks.metrics_cost [--device cpu|cuda] [--rounds 80]
 
 Post-training of a MoE from scratch; ``cuda`` takes SmolLM2-135M's width, uncompiled. A round is three steps in random
 order: ``off``, nothing looks; ``on``, metrics are collected, the collapse guard and the routing callback are there;
 ``logged``, the same and a logged step, with the learning rate, to TensorBoard and CSV. Every second validation counts
-and writes the routing. Medians of the rounds' differences, so that each compares steps that saw the same machine; on
-the CPU the clock is the process's own time.
+and writes the routing. Medians of the rounds' differences, so that each compares steps that saw the same machine; all
+steps have the same batch, and on the CPU the clock is the process's own time.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SHAPES = {
     "cuda": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 9},
 }
 DATA = {
-    "cpu": {"train_size": 400, "heldout_size": 20, "max_length": 256, "batch_size": 3},
+    "cpu": {"train_size": 400, "heldout_size": 20, "max_length": 256, "batch_size": 2},
     "cuda": {"train_size": 1500, "heldout_size": 40, "max_length": 1024, "batch_size": 16},
 }
 
@@ -57,6 +57,7 @@ class Turns(Callback):
         self.kinds: list[str] = []
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.drawing = 0.0
+        self.batch: dict[str, torch.Tensor] = {}  # the same in all steps
 
     def now(self) -> float:
         if not self.cuda:
@@ -83,6 +84,10 @@ class Turns(Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.turn(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.batch = self.batch or dict(batch)
+        batch.update(self.batch)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.seconds[self.kind].append(self.now() - self.start)
@@ -139,7 +144,7 @@ def row(name: str, off: list[float], on: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=80)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         turns = fit(options.device, options.rounds, folder)
