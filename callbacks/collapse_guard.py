@@ -87,7 +87,7 @@ class CollapseGuard(Callback):
             self._look(trainer, pl_module)
 
     def on_growth_end(self, trainer, module, growth) -> None:
-        self.looked_at, self.counts_DE = trainer.global_step, None  # a window of the experts of now
+        self.looked_at, self.load = trainer.global_step, None  # a window of the experts of now
 
     def _count(self, module, batch) -> None:
         logits_DTE, expert_ids_DTK = last_routing(module.lm)

@@ -1,6 +1,7 @@
 """The guard looks every window, does what it is told, and goes on the same after a resume."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,3 +81,10 @@ def test_refuses(wrong):
     field, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"CollapseGuard.{field}={value}"):
         CollapseGuard(**wrong)
+
+
+def test_a_window_does_not_reach_back_before_a_growth():
+    guard = CollapseGuard()
+    guard.load_state_dict({"looked_at": 0, "counts_DE": torch.ones(2, 4), "weight": None})
+    guard.on_growth_end(SimpleNamespace(global_step=7), None, None)
+    assert guard.state_dict() == {"looked_at": 7, "counts_DE": None, "weight": None}
