@@ -1,0 +1,176 @@
+"""A MoE training step in a bare loop: ours against stock transformers, at any shape, precision and number of experts.
+
+    python -m benchmarks.moe_step [--shape smollm2 | sheared-llama-2.7b] [--precision bf16-mixed | bf16-true]
+        [--variants dense+c upit+c stock stock+c] [--experts 8] [--rows 16] [--accumulate 1]
+
+Random weights, random tokens in packed rows of 1,024, half of them responses; fused AdamW, clipped gradients, the
+balance loss. Every variant in this process, one after the other; ``+c`` compiles the decoder layers. Milliseconds are
+the mean of the timed steps between two synchronisations.
+
+- ``dense``: a dense model whose FFN is top-2 times as wide, the same active FLOPs; our attention and loss head.
+- ``upit``: our experts, attention and loss head.
+- ``stock``: transformers' Mixtral as it is, ``grouped_mm`` experts, SDPA over whole rows, its loss and auxiliary loss.
+
+Model FLOPs utilisation counts 6 FLOPs a token for each active weight of a matrix, and causal attention over whole
+rows, against 989 TFLOP/s.
+"""
+
+import argparse
+import random
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from upit.examples import Batch, collate
+from upit.families import moe_config
+from upit.forward import last_routing, response_losses
+from upit.losses import load_balancing_loss
+from upit.models import build
+
+SHAPES = {
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "sheared-llama-2.7b": {
+        "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32, "num_attention_heads": 20,
+        "num_key_value_heads": 20, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+DEVICE, TOP_K, LENGTH, PEAK, BALANCE = "cuda", 2, 1024, 989e12, 0.01
+WARM_UP = 5
+
+
+def packed_batch(rows: int, vocabulary: int, seed: int) -> Batch:
+    draw = random.Random(seed)
+    dataset, layout = [], []
+    for _ in range(rows):
+        row, room = [], LENGTH
+        while room >= 50:
+            size = min(room, draw.randrange(50, 300))
+            ids = [draw.randrange(3, vocabulary) for _ in range(size)]
+            row.append(len(dataset))
+            dataset.append({"input_ids": ids, "labels": [-100] * (size // 2) + ids[size // 2 :]})
+            room -= size
+        layout.append(row)
+    batch = collate(layout, dataset, pad_id=0, length=LENGTH)  # type: ignore[arg-type]
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+
+def model_of(variant: str, dense: LlamaConfig, num_experts: int):
+    kind, compiled = variant.removesuffix("+c"), variant.endswith("+c")
+    config: PretrainedConfig = dense
+    if kind != "dense":
+        config = moe_config(dense, num_experts=num_experts, top_k=TOP_K)
+    with torch.device(DEVICE):
+        if kind == "stock":
+            config._experts_implementation = "grouped_mm"
+            config.output_router_logits, config.router_aux_loss_coef = True, BALANCE
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=torch.get_default_dtype()
+            )
+        else:
+            model = build(config)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    return model.train()
+
+
+def loss_of(kind: str, model, batch: Batch) -> torch.Tensor:
+    if kind == "stock":
+        fields = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+        whole = torch.arange(LENGTH, device=DEVICE).expand_as(fields["position_ids"])
+        return model(**fields | {"position_ids": whole}, use_cache=False).loss
+    loss = response_losses(model, batch)[0].mean()
+    if kind == "dense":
+        return loss
+    logits_DTE, ids_DTK = last_routing(model)
+    mask_T = (batch["example_ids"] >= 0).flatten()
+    balance = load_balancing_loss(router_logits_DTE=logits_DTE, expert_ids_DTK=ids_DTK, mask_T=mask_T)
+    return loss + BALANCE * balance
+
+
+def flops_per_token(model, num_experts: int) -> float:
+    """Of forward and backward."""
+    config = model.config
+    active = 0.0
+    for name, param in model.named_parameters():
+        if param.ndim < 2 or "embed_tokens" in name:
+            continue
+        active += param.numel() * (TOP_K / num_experts if ".experts." in name else 1)
+    if config.tie_word_embeddings:
+        active += config.vocab_size * config.hidden_size
+    return 6 * active + 6 * config.num_hidden_layers * config.hidden_size * LENGTH
+
+
+def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
+    fields = SHAPES[options.shape]
+    if variant.startswith("dense"):
+        fields = {**fields, "intermediate_size": TOP_K * int(fields["intermediate_size"])}
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch.set_default_dtype(torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
+    model = model_of(variant, LlamaConfig(**fields), options.experts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batches = [packed_batch(options.rows, model.config.vocab_size, seed) for seed in range(options.accumulate)]
+
+    def context() -> AbstractContextManager:
+        return torch.autocast("cuda", torch.bfloat16) if options.precision == "bf16-mixed" else nullcontext()
+
+    def step() -> None:
+        for batch in batches:
+            with context():
+                loss = loss_of(variant.removesuffix("+c"), model, batch)
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(options.steps):
+        step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / options.steps
+    tokens = options.rows * LENGTH * options.accumulate
+    return {
+        "ms": 1000 * seconds,
+        "tokens": tokens / seconds,
+        "mfu": flops_per_token(model, options.experts) * tokens / seconds / PEAK,
+        "gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--precision", choices=["bf16-mixed", "bf16-true"], default="bf16-mixed")
+    parser.add_argument("--variants", nargs="*", default=["dense+c", "upit+c", "stock", "stock+c"])
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16, help="of 1,024 tokens in a forward pass")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
+    parser.add_argument("--steps", type=int, default=15, help="timed, after 5 to warm up")
+    options = parser.parse_args()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.shape}, {options.experts} experts, ",
+        end="",
+    )
+    print(f"top-{TOP_K}, {options.precision}, {options.accumulate} x {options.rows} x {LENGTH} tokens a step")
+    print("| | ms a step | tokens/s | model FLOPs utilisation | peak memory, GiB |\n|---|---|---|---|---|")
+    for variant in options.variants:
+        try:
+            f = measure(variant, options)
+            print(f"| {variant} | {f['ms']:.1f} | {f['tokens']:.0f} | {f['mfu']:.1%} | {f['gib']:.1f} |", flush=True)
+        except torch.cuda.OutOfMemoryError:
+            print(f"| {variant} | out of memory | | | |", flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
