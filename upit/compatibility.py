@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from typing import Any
 
 from upit.families import is_expert
 from upit.pool import Expert, ExpertFileError
@@ -28,17 +27,21 @@ def check_shapes(expert: Expert, shapes: Mapping[str, tuple[int, ...]]) -> None:
             )
 
 
-def check_config(path: Path, dense: PretrainedConfig) -> None:
-    """Raises: ValueError: a checkpoint directory's architecture or vocabulary is not the dense model's."""
-    own = AutoConfig.from_pretrained(path)
+def check_config(path: Path, own: Any, dense: Any) -> None:
+    """Compare the config of a checkpoint directory to the dense model's.
+
+    Raises: ValueError: another architecture or vocabulary.
+    """
     for field in ("model_type", "vocab_size", "hidden_act"):
-        theirs, ours = getattr(own, field), getattr(dense, field)
+        theirs, ours = getattr(own, field, None), getattr(dense, field)
         if theirs != ours:
             raise ValueError(f"{path / 'config.json'}: {field}={theirs!r}, the dense model has {ours!r}")
 
 
 def check_vocabulary(path: Path, tokenizer) -> None:
     """Raises: ValueError: a checkpoint directory has a tokenizer, and it gives tokens other ids than the run's."""
+    from transformers import AutoTokenizer
+
     file = path / "tokenizer.json"
     if file.exists() and AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{file}: its vocabulary is not that of the run's tokenizer")

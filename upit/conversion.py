@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 from upit.ahead import ahead
 from upit.compatibility import check_config
-from upit.families import FFN, Family, expert_name, family_of, is_expert, moe_config
-from upit.files import Estimate, fresh_directory
+from upit.config_files import read_configs
+from upit.families import FAMILIES, FFN, Family, expert_name, is_expert
+from upit.files import Estimate, fresh_directory, write_json
 from upit.pool import Expert
 from upit.tensor_files import SHARD_BYTES, TensorFileError, TensorFiles, write_checkpoint
 
@@ -54,19 +54,20 @@ class Conversion:
         self, base: Path, experts: Sequence[Expert], *, top_k: int = 2, dtype: torch.dtype | None = None
     ) -> None:
         self.directory = base
-        self.dense: PretrainedConfig = AutoConfig.from_pretrained(base)
-        self.family: Family = family_of(self.dense)
-        self.config = moe_config(self.dense, num_experts=len(experts), top_k=top_k)
+        checkpoints = [expert.file for expert in experts if expert.file.is_dir()]
+        configs = read_configs(base, checkpoints, num_experts=len(experts), top_k=top_k)
+        self.dense, self.moe = configs.dense, configs.moe
+        self.family: Family = FAMILIES[self.dense.model_type]
         self.base = TensorFiles(base)
         self.experts = list(experts)
         self.dtype = dtype or self.base[self._ffn_names[0]].dtype
+        for path, config in zip(checkpoints, configs.others, strict=True):
+            check_config(path, config, self.dense)
+            self._check_vocabulary(path)
         for expert in experts:
-            if expert.file.is_dir():  # a pool's files are of one run
-                self._check_vocabulary(expert.file)
             for name in self._ffn_names:
                 self._check_tensor(expert, name, any_dtype=dtype is not None)
-        self.config.dtype = self.dtype
-        self.config.architectures = [type(self.config).__name__.replace("Config", "ForCausalLM")]
+        self.config = configs.moe_file | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def _ffn_names(self) -> list[str]:
@@ -87,8 +88,7 @@ class Conversion:
             )
 
     def _check_vocabulary(self, path: Path) -> None:
-        """Checkpoints must be of the base's architecture and speak its language."""
-        check_config(path, self.dense)
+        """Checkpoints must speak the base's language; a pool's files are of one run."""
         tokenizer = path / "tokenizer.json"
         if not _same_vocabulary(self.directory / "tokenizer.json", tokenizer):
             raise ValueError(f"{tokenizer}: its vocabulary is not that of the base {str(self.directory)!r}")
@@ -111,7 +111,7 @@ class Conversion:
                         self.base[name].shape,
                         partial(expert.read, name),
                     )
-            for part, shape in self.family.shared_expert(self.config).items():
+            for part, shape in self.family.shared_expert(self.moe).items():
                 plan[f"model.layers.{layer}.{part}"] = shape, partial(torch.zeros, shape)
         return plan
 
@@ -147,7 +147,7 @@ class Conversion:
         tensors = ahead(lambda name: (name, plan[name][1]().to(self.dtype)), track(plan))
         with fresh_directory(output, overwrite=overwrite) as directory:
             write_checkpoint(directory, tensors, specs, max_shard_bytes=max_shard_bytes)
-            self.config.save_pretrained(directory)
+            write_json(directory / "config.json", dict(sorted(self.config.items())))
             for file in ("generation_config.json", *TOKENIZER):
                 if (self.directory / file).exists():
                     shutil.copy(self.directory / file, directory / file)
@@ -158,8 +158,8 @@ class Conversion:
         rows = "\n".join(f"| {e} | {expert.file} |" for e, expert in enumerate(self.experts))
         return (
             "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- upit\n- moe\n---\n\n"
-            f"# {name}\n\nA {self.config.model_type} causal language model ({len(self.experts)} experts, "
-            f"top-{self.config.num_experts_per_tok}), upcycled with upit from dense checkpoints "
+            f"# {name}\n\nA {self.moe.model_type} causal language model ({len(self.experts)} experts, "
+            f"top-{self.moe.num_experts_per_tok}), upcycled with upit from dense checkpoints "
             "([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n\n"
             f"## Experts\n\nAll other weights: {self.directory}\n\n| expert | source |\n|---|---|\n{rows}\n"
         )

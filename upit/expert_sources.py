@@ -1,15 +1,16 @@
 """Where the experts come from: the harvest, copies of one model, or checkpoints on disk."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from upit.compatibility import check_config, check_shapes, check_vocabulary
 from upit.distributed import on_rank_zero
@@ -19,6 +20,9 @@ from upit.scoring import fingerprint, write_ffn
 from upit.similarity import Track, untracked
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles, open_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ExpertSource(Strategy):
@@ -204,10 +208,12 @@ class Checkpoints(ExpertSource):
                 open_tensors(str(path), "Checkpoints.paths")
 
     def check(self, dense, tokenizer):
+        from transformers import AutoConfig
+
         shapes = {name: tuple(param.shape) for name, param in dense.named_parameters()}
         for path in self._directories():
             if not _is_pool(path):
-                check_config(path, dense.config)
+                check_config(path, AutoConfig.from_pretrained(path), dense.config)
                 check_vocabulary(path, tokenizer)
             for expert in Pool.load(path).experts if _is_pool(path) else [_expert_of_model(path)]:
                 check_shapes(expert, shapes)

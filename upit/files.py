@@ -69,6 +69,10 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         return f"{self.memory / 1e6:.0f} MB of memory, {self.disk / 1e9:.2f} GB on disk"
 
+    def then(self, other: "Estimate") -> "Estimate":
+        """Of one work after another: what the first wrote stays, its memory is free again."""
+        return Estimate(max(self.memory, other.memory), self.disk + other.disk)
+
     def check(self, output: Path) -> None:
         """Raises: ValueError: the memory, or the disk at ``output``, can't hold it."""
         place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())

@@ -1,18 +1,21 @@
 """Forward passes that every stage shares: response states, logits and losses, and taps on the FFN's input."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from upit.attention import compute_dtype, packed_mask
 from upit.examples import Batch
 from upit.families import ROUTER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEAD_TOKENS = 2048
 
@@ -26,6 +29,8 @@ def response_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
     Returns: ``states_LH``, ``targets_L``, ``example_ids_L`` for the L response tokens of the batch; a target is
         ``IGNORE`` where the batch's labels were masked after it was collated.
     """
+    from upit.attention import compute_dtype, packed_mask  # with transformers' models, which take seconds to import
+
     body: Any = model.model
     states: list[Tensor] = []
     keep = body.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))

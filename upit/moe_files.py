@@ -1,5 +1,6 @@
 """A Mixture-of-Experts checkpoint of stock transformers on disk: its routers, and its experts one by one."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from upit.families import FFN, MOE_TYPES, expert_name, family_of_moe
-from upit.files import digest, fresh_directory
+from upit.files import Estimate, digest, fresh_directory
 from upit.pool import Expert
 from upit.tensor_files import TensorFiles, write_checkpoint
 
@@ -50,6 +51,11 @@ class MoEFiles:
         dtype = str(self.files.renamed(names)[expert_name(0, FFN[0])].dtype).removeprefix("torch.")
         origin = {"kind": "checkpoint", "path": f"{self.directory} (expert {e})"}
         return Expert(self.directory, digest([self.files.stamp, e]), dtype, origin=origin, names=names)
+
+    def estimate(self) -> Estimate:
+        """What :meth:`write_with` will take: the largest tensor, as read and as written, and the output's bytes."""
+        sizes = [math.prod(entry.shape) * entry.dtype.itemsize for entry in self.files.values()]
+        return Estimate(2 * max(sizes), sum(sizes))
 
     def write_with(
         self,

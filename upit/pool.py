@@ -1,7 +1,7 @@
 """The pool of harvested experts on disk: safetensors files and a manifest, each written beside and renamed."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -200,13 +200,21 @@ class Pool:
         manifest["experts"] = [entry for entry in manifest["experts"] if entry["step"] <= step]
         write_json(self.manifest_file, manifest)
 
-    def gather(self, base: Expert, experts: Sequence[Expert]) -> list[Expert]:
+    def gather(
+        self,
+        base: Expert,
+        experts: Sequence[Expert],
+        *,
+        track: Callable[[Iterable[int]], Iterable[int]] = lambda numbers: numbers,
+    ) -> list[Expert]:
         """Make a pool of a base and experts from elsewhere: copy what is not in the directory, then list it all.
 
+        Args:
+            track: wraps the experts' numbers, for a progress bar.
         Returns: the experts, where they now are.
         """
         base = self._copy(base, "base")
-        own = [self._copy(expert, f"expert_{i:02d}") for i, expert in enumerate(experts)]
+        own = list(ahead(lambda i: self._copy(experts[i], f"expert_{i:02d}"), track(range(len(experts)))))
         entries = [
             {"file": expert.file.name}
             | {key: getattr(expert, key) for key in ("step", "epoch", "sha256", "dtype", "metrics", "origin")}

@@ -4,16 +4,17 @@ The dense model in training is the vehicle: each expert's FFN is copied into it 
 ever built (Algorithm 3 of UpIT, arXiv:2410.01610).
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from upit.ahead import ahead
 from upit.distributed import all_sum, broadcast, own_share, rank
@@ -26,6 +27,9 @@ from upit.pool import Expert, write_expert
 from upit.seed_data import Assignment
 from upit.sharding import full, local, local_slices
 from upit.tensor_files import Specs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Autocast = Callable[[], AbstractContextManager]
 

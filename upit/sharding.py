@@ -1,15 +1,18 @@
 """Read and fill parameters that may be shards: plain tensors and FSDP2's DTensors alike."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, world_size
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedModel
 
 
 class Sliceable(Protocol):
@@ -35,17 +38,25 @@ def reshard(model: torch.nn.Module) -> None:
         model.reshard()
 
 
+def _is_sharded(param: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor  # takes most of a second, which plain files need not wait for
+
+    return isinstance(param, DTensor)
+
+
 def local_slices(param: Tensor) -> tuple[slice, ...]:
     """Which part of the whole parameter this rank holds, one slice a dimension."""
-    if not isinstance(param, DTensor):
+    if not _is_sharded(param):
         return tuple(slice(0, size) for size in param.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def local(param: Tensor) -> Tensor:
     """The tensor this rank holds; shares memory with ``param``."""
-    return param.to_local() if isinstance(param, DTensor) else param
+    return param.to_local() if _is_sharded(param) else param
 
 
 @torch.no_grad()
@@ -57,11 +68,11 @@ def fill(param: Tensor, source: Sliceable) -> None:
 def full(param: Tensor) -> Tensor:
     """The whole parameter, detached. A collective for a DTensor: every rank must call it in the same order."""
     param = param.detach()
-    return param.full_tensor() if isinstance(param, DTensor) else param
+    return param.full_tensor() if _is_sharded(param) else param
 
 
 def average_gradients(params: Iterable[Tensor]) -> None:
     """Average gradients over the ranks; FSDP2 has done so for its shards. A collective."""
     for param in params:
-        if not isinstance(param, DTensor):
+        if not _is_sharded(param):
             all_sum(param.grad).div_(world_size())  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from upit.strategy import Strategy
 
 Track = Callable[..., Iterable]
 Score = Callable[[Expert], Tensor]  # losses of an expert on the seed examples, (S,); a collective
+PIECE = 1 << 16  # products summed in float32; ours
 
 
 def untracked(names: Iterable, what: str = "") -> Iterable:
@@ -67,6 +68,8 @@ def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int,
         base: compares task vectors from here; None the parameters themselves.
     """
 
+    first = len(experts) - new
+
     def of_tensor(name: str) -> Tensor:
         raw = experts[0].read(name)
         origin_P = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
@@ -76,12 +79,27 @@ def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int,
         def delta(expert: Expert, room_P: Tensor) -> Tensor:
             return room_P.copy_(expert.read(name, out=raw).flatten()).sub_(origin_P)
 
-        for expert, room_P in zip(experts[-new:], recent_NP, strict=True):
+        for expert, room_P in zip(experts[first:], recent_NP, strict=True):
             delta(expert, room_P)
-        older = [recent_NP @ delta(expert, one_P) for expert in experts[:-new]]
-        return torch.cat([*(column[:, None] for column in older), recent_NP @ recent_NP.T], dim=1).double()
+        products = torch.zeros(new, len(experts), dtype=torch.float64)
+        for i, expert in enumerate(experts):
+            other_P = delta(expert, one_P) if i < first else recent_NP[i - first]
+            for row in range(max(0, i - first), new):
+                products[row, i] = _dot(recent_NP[row], other_P)
+        return products
 
-    return sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))
+    products = sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))
+    among_new = products[:, first:]
+    among_new += among_new.tril(-1).T
+    return products
+
+
+def _dot(a_P: Tensor, b_P: Tensor) -> float:
+    """Inner product, summed in float32 over a piece and in float64 over the pieces.
+
+    For a few long vectors one matrix product of all of them is slower, and less exact (docs/performance.md).
+    """
+    return sum(float(torch.dot(a, b)) for a, b in zip(a_P.split(PIECE), b_P.split(PIECE), strict=True))
 
 
 class _OfParameters(Similarity):

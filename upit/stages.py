@@ -7,18 +7,13 @@ runs, so that ``--help`` is quick.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from upit.examples import TrainingData
-    from upit.files import Estimate
     from upit.merging import Merge
-    from upit.pool import Expert
     from upit.router_init import RouterInit
     from upit.seed_data import Assignment
     from upit.selection import Parents, Selection
@@ -60,25 +55,26 @@ def upcycle(
 
     from upit.conversion import Conversion
     from upit.files import check_output
-    from upit.models import load_pretrained
     from upit.router_init import Random
-    from upit.router_init.standalone import initialise, work_beside
+    from upit.router_init.standalone import dense_model, initialise, learning_estimate, work_beside
+    from upit.stage_inputs import all_experts, check_apart
 
     if max_shard_gb <= 0:
         raise ValueError(f"max_shard_gb={max_shard_gb} must be positive")
     target = Path(output)
-    _check_apart(target, [base, *experts])
+    check_apart(target, [base, *experts])
     if not overwrite:
         check_output(target)
     conversion = Conversion(
-        Path(base), _experts_at(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None
+        Path(base), all_experts(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None
     )
-    estimate = conversion.estimate()
+    router = router or Random()
+    estimate = learning_estimate(router, conversion.base, len(conversion.experts)).then(conversion.estimate())
     print(f"{len(conversion.experts)} experts, top-{top_k}: needs {estimate}")
     estimate.check(target)
     conversion.experts, router_DEH = initialise(
-        router or Random(),
-        lambda: load_pretrained(base),
+        router,
+        lambda: dense_model(base),
         conversion.experts,
         conversion.dense,
         data,
@@ -88,6 +84,7 @@ def upcycle(
         directory=work_beside(target),
         track=_bar,
     )
+    _keep_freed_memory()
     torch.set_num_threads(1)  # one tensor at a time is copied and checked: more threads only wait for one another
     conversion.write(
         router_DEH,
@@ -132,24 +129,28 @@ def expand(
     import shutil
 
     import torch
-    from transformers import AutoConfig
 
-    from upit.compatibility import check_config, check_shapes
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
     from upit.pool import Pool
+    from upit.stage_inputs import (
+        all_experts,
+        base_at,
+        check_apart,
+        check_experts,
+        check_similarity,
+        expansion_estimate,
+    )
 
-    pool, found, origin = Pool(Path(output)), _experts_at(experts), _base_at(base)
-    _check_apart(pool.directory, [base, *experts])
-    for expert in found:
-        if expert.file.is_dir() and origin.file.is_dir():
-            check_config(expert.file, AutoConfig.from_pretrained(origin.file))
-        check_shapes(expert, origin.shapes)
+    check_similarity(similarity)
+    pool, found, origin = Pool(Path(output)), all_experts(experts), base_at(base)
+    check_apart(pool.directory, [base, *experts])
+    check_experts(found, origin)
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
     if any(file.suffix not in (".safetensors", ".json") for file in pool.directory.glob("*")):
         raise FileExistsError(f"output={output!r} holds more than a pool; name another directory")
-    estimate = _expansion_estimate(origin, max(num_experts, len(found)), num_experts)
+    estimate = expansion_estimate(origin, len(found), num_experts)
     print(f"{len(found)} experts to {num_experts}: needs {estimate}")
     estimate.check(pool.directory)
     if overwrite:
@@ -169,7 +170,7 @@ def expand(
         seed=seed,
         track=lambda names, what="": _bar(names, f"Expanding {what}"),
     )
-    own = pool.gather(origin, expansion.experts)
+    own = pool.gather(origin, expansion.experts, track=lambda numbers: _bar(numbers, "Copying experts"))
     places = [{"file": str(expert.file), "sha256": expert.sha256} for expert in own]
     lineage = [entry | place for entry, place in zip(expansion.lineage, places, strict=True)]
     write_json(pool.directory / "lineage.json", lineage)
@@ -208,34 +209,38 @@ def init_router(
     """
     from transformers import AutoConfig
 
-    from upit.files import check_output, fresh_directory
-    from upit.models import load_pretrained
+    from upit.files import Estimate, check_output, fresh_directory
+    from upit.models import outline
     from upit.moe_files import MoEFiles
     from upit.non_experts import Named
     from upit.router_init import RoutingVectors
-    from upit.router_init.standalone import initialise, work_beside
+    from upit.router_init.standalone import dense_model, initialise, learning_estimate, work_beside
+    from upit.stage_inputs import all_experts, base_at, check_apart, check_experts
     from upit.tensor_files import write_tensors
 
     if (moe is None) == (experts is None):
         raise ValueError(f"give one of moe and experts: got moe={moe!r}, experts={experts!r}")
     target = Path(output)
-    _check_apart(target, [base, *(experts or [str(moe)])])
+    check_apart(target, [base, *(experts or [str(moe)])])
     if not overwrite:
         check_output(target)
     files = MoEFiles(Path(moe)) if moe else None
-    found = [files.expert(e) for e in range(files.num_experts)] if files else _experts_at(experts or [])
-
-    def load() -> PreTrainedModel:
-        dense = load_pretrained(base)
-        if moe:
-            Named(moe).fill(dense, [])
-        return dense
-
+    found = [files.expert(e) for e in range(files.num_experts)] if files else all_experts(experts or [])
+    config, dense, router = AutoConfig.from_pretrained(base), base_at(base), router or RoutingVectors()
+    check_experts(found, dense)
+    if moe:
+        Named(moe).check(outline(config))
+    size = 4 * config.num_hidden_layers * len(found) * config.hidden_size
+    estimate = learning_estimate(router, dense.tensors, len(found)).then(
+        files.estimate() if files else Estimate(size, size)
+    )
+    print(f"Router of {len(found)} experts: needs {estimate}")
+    estimate.check(target)
     found, router_DEH = initialise(
-        router or RoutingVectors(),
-        load,
+        router,
+        lambda: dense_model(base, moe),
         found,
-        AutoConfig.from_pretrained(base),
+        config,
         data,
         seed_fraction=seed_fraction,
         assignment=assignment,
@@ -271,43 +276,12 @@ def inspect(path: str) -> None:
     show(Path(path), Console(), track=lambda layers: _bar(layers, "Comparing experts"))
 
 
-def _check_apart(output: Path, inputs: list[str]) -> None:
-    """Raises: ValueError: the output is one of the inputs, which overwriting would delete."""
-    from upit.expert_sources import directories
-
-    if output.resolve() in [path.resolve() for path in directories(inputs, field="base, experts")]:
-        raise ValueError(f"output={str(output)!r} is one of the inputs; name another directory")
-
-
 def _keep_freed_memory() -> None:
     """Let glibc keep what is freed: a tensor's memory anew from the kernel costs several times the work on it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in ((-1, 2**31 - 1), (-3, 1 << 25), (-8, 1)):  # trim and mmap thresholds, number of arenas
             mallopt(option, value)
-
-
-def _base_at(path: str) -> Expert:
-    from upit.expert_sources import experts_at
-    from upit.pool import Pool
-
-    pool = Pool(Path(path))
-    return pool.base if pool.manifest_file.exists() else experts_at(pool.directory)[0]
-
-
-def _expansion_estimate(base: Expert, in_memory: int, written: int) -> Estimate:
-    """One tensor of every expert in float32, and the experts' files with the base's."""
-    from upit.files import Estimate
-
-    largest = max(math.prod(shape) for shape in base.shapes.values())
-    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in base.specs.values())
-    return Estimate(4 * largest * (in_memory + 4), size * (written + 1))
-
-
-def _experts_at(paths: list[str]) -> list[Expert]:
-    from upit.expert_sources import directories, experts_at
-
-    return [expert for path in directories(paths, field="experts") for expert in experts_at(path)]
 
 
 def _bar(items: Iterable, text: str) -> Iterable:

@@ -1,7 +1,8 @@
 """Safetensors files, read and written one tensor at a time.
 
 Nothing is mapped: a tensor is read into memory of its own and let go with it, so resident memory stays near the
-tensors in use, however large the files are. Every tensor read or written is checked for NaN and infinity.
+tensors in use, however large the files are. Every tensor is checked for NaN and infinity when it is first read, and
+when it is written.
 """
 
 import json
@@ -46,6 +47,7 @@ class TensorFiles(Mapping[str, Entry]):
 
     def __init__(self, path: Path) -> None:
         self._entries: dict[str, Entry] = {}
+        self._finite: set[str] = set()  # tensors that have been read as a whole
         for file in _files(path):
             self._entries.update(_read_header(file))
 
@@ -77,7 +79,7 @@ class TensorFiles(Mapping[str, Entry]):
             raise TensorFileError(
                 f"{next(iter(self._entries.values())).file.parent}: tensor {missing[0]!r} is missing"
             )
-        view._entries = {new: self._entries[old] for new, old in names.items()}
+        view._entries, view._finite = {new: self._entries[old] for new, old in names.items()}, set()
         return view
 
     def read(self, name: str, rows: slice = slice(None), *, out: Tensor | None = None) -> Tensor:
@@ -98,7 +100,10 @@ class TensorFiles(Mapping[str, Entry]):
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + first * (tensor.nbytes // max(1, last - first)))
             _fill(_bytes_of(tensor), stream, entry.file)
-        check_finite(tensor, name, entry.file)
+        if name not in self._finite:
+            check_finite(tensor, name, entry.file)
+            if tensor.shape == entry.shape:
+                self._finite.add(name)
         return tensor
 
 

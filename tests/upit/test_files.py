@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from upit.files import read_json, write_json
+from upit.files import Estimate, read_json, write_json
 
 
 def test_round_trip_makes_the_folder(tmp_path):
@@ -33,3 +33,7 @@ def test_killed_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_json(file, {"new": 2})
     assert read_json(file) == {"old": 1}
+
+
+def test_work_after_work_keeps_files_and_frees_memory():
+    assert Estimate(5, 1).then(Estimate(3, 4)) == Estimate(5, 5)

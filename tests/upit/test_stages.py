@@ -1,9 +1,11 @@
 """The stages on files, from the command line."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,16 @@ from tests.upit.tiny import dense_model
 from upit.cli import STAGES, main
 from upit.files import read_json
 from upit.forward import moe_routers
+from upit.moe_files import MoEFiles
 from upit.pool import Pool
+from upit.router_init import Random, RoutingVectors
+from upit.router_init.standalone import learning_estimate
+from upit.tensor_files import TensorFiles
+
+LIGHT = (
+    "import sys; from upit.cli import main; main(sys.argv[1:])\n"
+    "assert not {'transformers', 'torch.distributed.tensor'} & set(sys.modules)"
+)
 
 
 @pytest.fixture
@@ -67,6 +78,24 @@ def test_upcycle_overwrites_only_when_told(checkpoints, tmp_path):
         ]
     )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config.num_local_experts == 3
+
+
+def test_upcycle_in_a_process_of_its_own_imports_no_transformers_and_gives_the_same(checkpoints, tmp_path):
+    keys = ["--base", checkpoints[0], "--experts", str(checkpoints), "--output"]
+    command = [sys.executable, "-c", LIGHT, "upcycle", *keys]
+    subprocess.run([*command, str(tmp_path / "alone")], check=True)
+    main(["upcycle", *keys, str(tmp_path / "here")])
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "here"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read_json(tmp_path / "alone/config.json") == read_json(tmp_path / "here/config.json")
+    refused = subprocess.run([*command, str(tmp_path / "no"), "--top_k", "9"], capture_output=True, text=True)
+    assert "upcycle: error: top_k=9 must lie between 1 and num_experts=3" in refused.stderr
+
+
+def test_expand_in_a_process_of_its_own_imports_no_transformers(checkpoints, tmp_path):
+    keys = ["--base", checkpoints[0], "--experts", str(checkpoints), "--num_experts", "4", "--output"]
+    subprocess.run([sys.executable, "-c", LIGHT, "expand", *keys, str(tmp_path / "pool")], check=True)
+    assert len(Pool.load(tmp_path / "pool").experts) == 4
 
 
 def test_upcycle_says_what_a_router_lacks(checkpoints, tmp_path):
@@ -146,7 +175,7 @@ def test_expand_of_a_pool_keeps_its_lineage_and_selects(checkpoints, tmp_path):
 def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, monkeypatch):
     pool = tmp_path / "pool"
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -184,6 +213,9 @@ def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
         expand([*checkpoints, str(tmp_path / "nowhere")], tmp_path / "pool")
     with pytest.raises(SystemExit, match="at least 2 checkpoints to merge"):
         expand(checkpoints[:2], tmp_path / "pool")
+    with pytest.raises(SystemExit, match=r"similarity=Functional\(\) compares losses .* choices: Cosine, Euclidean$"):
+        expand(checkpoints, tmp_path / "pool", similarity="Functional")
+    assert not (tmp_path / "pool").exists()
 
 
 # --- routers -----------------------------------------------------------------------------------------
@@ -248,6 +280,36 @@ def test_init_router_wants_one_of_moe_and_experts(checkpoints, tmp_path):
         run("init-router", base=checkpoints[0], output=tmp_path / "out")
     with pytest.raises(SystemExit, match="is a 'llama', no MoE"):
         run("init-router", base=checkpoints[0], moe=checkpoints[1], output=tmp_path / "out", router="Random")
+
+
+def test_init_router_names_what_does_not_fit_before_any_work(checkpoints, tmp_path):
+    dense_model("llama", intermediate_size=40).save_pretrained(tmp_path / "narrow")
+    dense_model("llama", vocab_size=80).save_pretrained(tmp_path / "wide")
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
+    keys = {"output": tmp_path / "out", "router": "Ridge", "router.strength": 0.1}
+    with pytest.raises(SystemExit, match=r"narrow: tensor '.*down_proj.weight' has shape \(32, 40\)"):
+        run("init-router", base=checkpoints[0], experts=[*checkpoints, str(tmp_path / "narrow")], **keys)
+    with pytest.raises(SystemExit, match=r"moe': tensor 'model.embed_tokens.weight' has shape \(64, 32\)"):
+        run("init-router", base=tmp_path / "wide", moe=tmp_path / "moe", **keys)
+    assert {path.name for path in tmp_path.iterdir()} == {"narrow", "wide", "moe", *(f"dense_{i}" for i in range(3))}
+
+
+def test_routers_say_what_they_need(checkpoints, tmp_path, capsys):
+    files = TensorFiles(Path(checkpoints[0]))
+    numbers = sum(math.prod(entry.shape) for entry in files.values())
+    inner = sum(math.prod(entry.shape) for name, entry in files.items() if ".mlp." in name)
+    assert learning_estimate(Random(), files, 3) == (0, 0)
+    assert learning_estimate(RoutingVectors(), files, 3) == (4 * numbers, 0)
+    assert learning_estimate(RoutingVectors(expert_lr=1e-4), files, 3) == (4 * numbers + 12 * inner, 12 * inner)
+    run("init-router", base=checkpoints[0], experts=checkpoints, output=tmp_path / "router", router="Random")
+    assert "Router of 3 experts: needs 0 MB of memory, 0.00 GB on disk" in capsys.readouterr().out
+    run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
+    size = (tmp_path / "moe/model.safetensors").stat().st_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        with pytest.raises(SystemExit, match="of disk"):
+            run("init-router", base=checkpoints[0], moe=tmp_path / "moe", output=tmp_path / "new", router="Random")
+    assert 0 < size - MoEFiles(tmp_path / "moe").estimate().disk < 8192, "all but the header"
 
 
 # --- inspect -----------------------------------------------------------------------------------------

@@ -97,3 +97,13 @@ def test_renamed_is_a_view_of_what_is_named(tmp_path):
     assert torch.equal(view.read("new"), TENSORS["b"])
     with pytest.raises(TensorFileError, match="tensor 'nothing' is missing"):
         files.renamed({"new": "nothing"})
+
+
+def test_rows_that_are_whole_say_nothing_about_the_others(tmp_path):
+    tensor = torch.randn(6, 4)
+    tensor[5, 2] = float("nan")
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    files = TensorFiles(tmp_path / "x.safetensors")
+    assert torch.equal(files.read("x", slice(0, 5)), tensor[:5])
+    with pytest.raises(TensorFileError, match="holds NaN or infinity"):
+        files.read("x")

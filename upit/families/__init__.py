@@ -1,14 +1,18 @@
 """Dense families and the MoE family of stock transformers that each one upcycles to: the table, and what it is for."""
 
+from __future__ import annotations
+
 import copy
 import re
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from upit.families.base import FFN, Family
 from upit.families.llama import Llama, Mistral
 from upit.families.olmo import Olmo2
 from upit.families.qwen import Qwen2, Qwen3
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FAMILIES: dict[str, Family] = {family.dense_type: family for family in (Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2())}
 MOE_TYPES = frozenset(family.moe_type for family in FAMILIES.values())

@@ -1,9 +1,13 @@
 """What a family says: the MoE config of a dense one, and where the MoE keeps its router, experts and shared expert."""
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from __future__ import annotations
 
-from transformers import PretrainedConfig
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +37,7 @@ _SHARED = (
 class Family(ABC):
     """A dense architecture of stock transformers and the MoE architecture that expresses it exactly.
 
+    transformers is imported only where a config is made: names and files need none of it, and it takes seconds.
     In memory every MoE family fuses its experts alike (``mlp.gate``, ``mlp.experts.gate_up_proj``,
     ``mlp.experts.down_proj``); the class attributes say what differs.
     """

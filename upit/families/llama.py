@@ -1,10 +1,13 @@
 """Mistral and Llama to Mixtral."""
 
-from typing import Any
+from __future__ import annotations
 
-from transformers import MixtralConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from upit.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import MixtralConfig, PretrainedConfig
 
 
 class Mistral(Family):
@@ -18,6 +21,8 @@ class Mistral(Family):
     def _moe_config(
         self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
     ) -> MixtralConfig:
+        from transformers import MixtralConfig
+
         window = getattr(dense, "sliding_window", None)
         return MixtralConfig(**shared, num_local_experts=num_experts, num_experts_per_tok=top_k, sliding_window=window)
 

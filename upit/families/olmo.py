@@ -1,10 +1,13 @@
 """OLMo 2 to FlexOlmo."""
 
-from typing import Any
+from __future__ import annotations
 
-from transformers import FlexOlmoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from upit.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import FlexOlmoConfig, PretrainedConfig
 
 
 class Olmo2(Family):
@@ -16,6 +19,8 @@ class Olmo2(Family):
     def _moe_config(
         self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
     ) -> FlexOlmoConfig:
+        from transformers import FlexOlmoConfig
+
         return FlexOlmoConfig(
             **shared,
             num_experts=num_experts,

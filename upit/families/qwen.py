@@ -1,10 +1,13 @@
 """Qwen2 to Qwen2-MoE and Qwen3 to Qwen3-MoE."""
 
-from typing import Any
+from __future__ import annotations
 
-from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from typing import TYPE_CHECKING, Any
 
 from upit.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 SHARED_WIDTH = 8
 
@@ -24,6 +27,8 @@ class Qwen2(Family):
     def _moe_config(
         self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
     ) -> Qwen2MoeConfig:
+        from transformers import Qwen2MoeConfig
+
         return Qwen2MoeConfig(
             **shared,
             num_experts=num_experts,
@@ -55,6 +60,8 @@ class Qwen3(Family):
     def _moe_config(
         self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
     ) -> Qwen3MoeConfig:
+        from transformers import Qwen3MoeConfig
+
         return Qwen3MoeConfig(
             **shared,
             num_experts=num_experts,

@@ -1,18 +1,23 @@
 """What every router initialisation promises, and the random one."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
 from upit.pool import Expert
 from upit.scoring import Autocast, Seeds
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles, open_tensors
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class RouterInit(Strategy):
@@ -22,6 +27,11 @@ class RouterInit(Strategy):
     """
 
     needs_seeds = True
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether the experts are trained along with the router."""
+        return False
 
     def check(self, dense: PretrainedConfig, num_experts: int) -> None:
         """Raises: ValueError: what would fail at the swap; called before the run."""

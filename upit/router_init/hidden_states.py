@@ -3,13 +3,15 @@
 ``D`` layers, ``E`` experts, ``H`` hidden, ``N`` tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, own_share
 from upit.examples import PADDING, collate, length_grouped
@@ -19,6 +21,9 @@ from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, Seeds, to_device
 from upit.sharding import local, local_slices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH_TOKENS = 8192  # with padding
 

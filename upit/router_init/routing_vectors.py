@@ -1,17 +1,18 @@
 """UpIT's router initialisation: routing vectors pre-optimised on each expert's own seed bucket (arXiv:2410.01610)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
 from upit.examples import IGNORE, PADDING, Example, collate, length_grouped
@@ -22,6 +23,9 @@ from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
 from upit.sharding import average_gradients
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATES_BYTES = 4 * 2**30  # of hidden states kept for a bucket, over all ranks; ours
 BATCH_TOKENS = 8192  # of a forward pass, with padding
@@ -59,6 +63,10 @@ class RoutingVectors(RouterInit):
         self.lr = lr
         self.expert_lr = expert_lr
         self.batch_size = batch_size
+
+    @property
+    def trains_experts(self):
+        return self.expert_lr is not None
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
         state, done, vectors = fingerprint(dense), [], []

@@ -1,17 +1,25 @@
 """Router initialisation on files: seed data, scores, buckets and the router, without a trainer."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
 from upit.examples import TrainingData
-from upit.models import check_tokenizer
+from upit.families import is_expert
+from upit.files import Estimate
 from upit.pool import Expert
 from upit.router_init.base import RouterInit, WithoutData
 from upit.scoring import SeedScorer
 from upit.seed_data import Assignment, LowestPerplexity, draw_seed
+from upit.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def initialise(
@@ -45,6 +53,8 @@ def initialise(
         return experts, router.weights(config, len(experts), seed=seed)
     if data is None:
         raise ValueError(f"router={router} learns from seed data: set data to a data module")
+    from upit.models import check_tokenizer
+
     data.prepare_data()
     data.setup("fit")
     check_tokenizer(config, data.tokenizer, source="base")
@@ -64,6 +74,28 @@ def initialise(
         seed=seed,
         track=lambda items: track(items, "Initialising the router"),
     )
+
+
+def learning_estimate(router: RouterInit, base: TensorFiles, num_experts: int) -> Estimate:
+    """What learning a router takes: the dense model in float32, and of experts that are trained along their gradients,
+    AdamW's two moments and their files. Without what a batch takes, and the hidden states kept for routing vectors.
+    """
+    if isinstance(router, WithoutData):
+        return Estimate(0, 0)
+    model = sum(4 * math.prod(entry.shape) for entry in base.values())
+    expert = sum(4 * math.prod(entry.shape) for name, entry in base.items() if is_expert(name))
+    return Estimate(model + 3 * expert, num_experts * expert) if router.trains_experts else Estimate(model, 0)
+
+
+def dense_model(base: str, moe: str | None = None) -> PreTrainedModel:
+    """The dense model at a directory, all but its FFN taken from a MoE's directory where one is given."""
+    from upit.models import load_pretrained
+    from upit.non_experts import Named
+
+    dense = load_pretrained(base)
+    if moe:
+        Named(moe).fill(dense, [])
+    return dense
 
 
 def work_beside(output: Path) -> Path:

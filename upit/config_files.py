@@ -1,0 +1,82 @@
+"""Configs of dense checkpoint directories, and of the MoE that they become, in plain types.
+
+transformers reads a config three times as fast where there is no torch (docs/performance.md). So a process that has
+not imported it yet lets another one read, which is told that there is none.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from upit.families import moe_config
+
+Fields = dict[str, Any]
+
+
+class Configs(NamedTuple):
+    """What config.json says, and the defaults of what it leaves out."""
+
+    dense: SimpleNamespace
+    others: list[SimpleNamespace]
+    moe: SimpleNamespace
+    moe_file: Fields  # as it stands in config.json, but for the dtype
+
+
+def read_configs(base: Path, others: Sequence[Path], *, num_experts: int = 0, top_k: int = 0) -> Configs:
+    """Read a dense model's config and others, and make that of the MoE.
+
+    Args:
+        num_experts, top_k: of the MoE; without them its config is empty.
+    Raises: ValueError: a directory holds no config, or the dense one can't be upcycled; top_k out of range.
+    """
+    question: list[Any] = [str(base), [str(path) for path in others], num_experts, top_k]
+    dense, *found, moe, moe_file = _read(*question) if "transformers" in sys.modules else _ask(question)
+    return Configs(
+        SimpleNamespace(**dense), [SimpleNamespace(**own) for own in found], SimpleNamespace(**moe), moe_file
+    )
+
+
+def _ask(question: list[Any]) -> list[Fields]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", __name__, json.dumps(question)],
+        stdout=subprocess.PIPE,
+        check=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(sys.path),  # the same packages as here
+            "TRANSFORMERS_VERBOSITY": "error",  # it would warn that there is no torch
+        },
+    )
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer
+
+
+def _read(base: str, others: list[str], num_experts: int, top_k: int) -> list[Fields]:
+    from transformers import AutoConfig
+
+    dense, *found = [AutoConfig.from_pretrained(path) for path in (base, *others)]
+    plain = [_plain(config) for config in (dense, *found)]
+    if not num_experts:
+        return [*plain, {}, {}]
+    moe = moe_config(dense, num_experts=num_experts, top_k=top_k)
+    moe.architectures = [type(moe).__name__.replace("Config", "ForCausalLM")]
+    return [*plain, _plain(moe), _plain(moe, use_diff=True)]
+
+
+def _plain(config, *, use_diff: bool = False) -> Fields:
+    return json.loads(config.to_json_string(use_diff=use_diff))
+
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        print(json.dumps(_read(*json.loads(sys.argv[1]))))
+    except (OSError, ValueError) as error:
+        print(json.dumps({"error": str(error)}))

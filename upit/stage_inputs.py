@@ -1,0 +1,59 @@
+"""What the stages on files are given: experts and bases by their paths, and what is refused before any work."""
+
+import math
+from pathlib import Path
+
+from upit.compatibility import check_config, check_shapes
+from upit.config_files import read_configs
+from upit.expert_sources import directories, experts_at
+from upit.files import Estimate
+from upit.pool import Expert, Pool
+from upit.similarity import Similarity
+
+
+def all_experts(paths: list[str]) -> list[Expert]:
+    """The experts of checkpoint directories and pools; wildcards are expanded.
+
+    Raises: ValueError: a path matches nothing or is neither, or a file is broken.
+    """
+    return [expert for path in directories(paths, field="experts") for expert in experts_at(path)]
+
+
+def base_at(path: str) -> Expert:
+    """Where task vectors start: a pool's base, or the checkpoint that is a directory."""
+    pool = Pool(Path(path))
+    return pool.base if pool.manifest_file.exists() else experts_at(pool.directory)[0]
+
+
+def check_experts(experts: list[Expert], base: Expert) -> None:
+    """Raises: ValueError: an expert's architecture, shapes or vocabulary are not the base's."""
+    for expert in experts:
+        check_shapes(expert, base.shapes)
+    checkpoints = [expert.file for expert in experts if expert.file.is_dir() and not expert.names]
+    if checkpoints and base.file.is_dir():
+        configs = read_configs(base.file, checkpoints)
+        for path, own in zip(checkpoints, configs.others, strict=True):
+            check_config(path, own, configs.dense)
+
+
+def check_apart(output: Path, inputs: list[str]) -> None:
+    """Raises: ValueError: the output is one of the inputs, which overwriting would delete."""
+    if output.resolve() in [path.resolve() for path in directories(inputs, field="base, experts")]:
+        raise ValueError(f"output={str(output)!r} is one of the inputs; name another directory")
+
+
+def check_similarity(similarity: Similarity | None) -> None:
+    """Raises: ValueError: it compares what the experts say, and here are only files."""
+    if similarity is not None and similarity.needs_losses:
+        raise ValueError(
+            f"similarity={similarity} compares losses on seed data, not files; valid choices: Cosine, Euclidean"
+        )
+
+
+def expansion_estimate(base: Expert, experts: int, written: int) -> Estimate:
+    """Of two tensors at a time, all task vectors in float32, or what a merge holds (TIES: twelve times one);
+    and the experts' files with the base's.
+    """
+    largest = max(math.prod(shape) for shape in base.shapes.values())
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in base.specs.values())
+    return Estimate(2 * 4 * largest * max(experts + 3, 12), size * (written + 1))
