@@ -9,37 +9,37 @@ checkpoints of random weights in bfloat16 to a MoE, peak resident set.
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from benchmarks.contenders import measure
-from upit.examples import collate
-from upit.expansion import expand
-from upit.families import is_expert, moe_config
-from upit.forward import response_losses
-from upit.models import build
-from upit.pool import Pool
 
-SMALL = LlamaConfig(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=2048, tie_word_embeddings=True,
-)  # fmt: skip
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
 EXPERTS = [4, 8, 16, 32, 64]
 SIZES = {"0.13": (576, 1536, 30), "0.36": (960, 2560, 32), "0.72": (1280, 3456, 36)}  # billion parameters, about
 
 
 def step_times(rounds: int = 7) -> dict[int, float]:
     """Milliseconds of a training step by the number of experts."""
+    import torch
+    from transformers import LlamaConfig
+
+    from upit.examples import collate
+    from upit.families import moe_config
+    from upit.forward import response_losses
+    from upit.models import build
+
+    torch.set_num_threads(1)
     rows = [{"input_ids": list(range(3, 259)), "labels": [-100] * 128 + list(range(131, 259))} for _ in range(8)]
     batch = collate([[i] for i in range(8)], rows, pad_id=0)  # type: ignore[arg-type]
-    models = {count: build(moe_config(SMALL, num_experts=count, top_k=2)).train() for count in EXPERTS}
+    models = {count: build(moe_config(LlamaConfig(**SMALL), num_experts=count, top_k=2)).train() for count in EXPERTS}
     optimizers = {count: torch.optim.AdamW(model.parameters(), fused=True) for count, model in models.items()}
     seconds: dict[int, list[float]] = {count: [] for count in EXPERTS}
     for _ in range(rounds):
@@ -54,8 +54,18 @@ def step_times(rounds: int = 7) -> dict[int, float]:
 
 def expansion_times() -> dict[int, float]:
     """Seconds of an expansion from 8 checkpoints by the number of experts asked for."""
+    import torch
+    from transformers import LlamaConfig
+
+    from upit.expansion import expand
+    from upit.families import is_expert
+    from upit.models import build
+    from upit.pool import Pool
+
     torch.manual_seed(0)
-    tensors = {name: param.detach() for name, param in build(SMALL).named_parameters() if is_expert(name)}
+    tensors = {
+        name: param.detach() for name, param in build(LlamaConfig(**SMALL)).named_parameters() if is_expert(name)
+    }
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(Path(folder) / "pool")
@@ -71,19 +81,25 @@ def expansion_times() -> dict[int, float]:
     return found
 
 
+WRITE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+folder, hidden, inner, layers = sys.argv[1], *map(int, sys.argv[2:])
+config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=49152,
+    num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, tie_word_embeddings=True)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+for checkpoint in ("base", "step"):
+    model.save_pretrained(f"{folder}/{checkpoint}")
+"""
+
+
 def memory_peaks() -> dict[str, tuple[float, float]]:
     """Peak memory of ``upit upcycle``, and the size of the MoE that it writes, in MB, by size of the dense model."""
     found = {}
-    for size, (hidden, inner, layers) in SIZES.items():
+    for size, shape in SIZES.items():
         with tempfile.TemporaryDirectory(dir=".cache") as name:
             folder = Path(name)
-            config = LlamaConfig(
-                hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=49152,
-                num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
-            )  # fmt: skip
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            for checkpoint in ("base", "step"):
-                model.save_pretrained(folder / checkpoint)
+            subprocess.run([sys.executable, "-c", WRITE, name, *map(str, shape)], check=True)
             experts = json.dumps([str(folder / "base"), str(folder / "step")])
             command = [sys.executable, "-m", "upit", "upcycle", "--base", folder / "base", "--experts", experts]
             command += ["--top_k", "1", "--router", "Random", "--output", folder / "moe"]
@@ -96,9 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/images/growth.png"))
     options = parser.parse_args()
-    torch.set_num_threads(1)
     Path(".cache").mkdir(exist_ok=True)
-    steps, expansions, peaks = step_times(), expansion_times(), memory_peaks()
+    peaks = memory_peaks()  # first: a child's peak can't be told from its parent's, so nothing heavy is imported yet
+    steps, expansions = step_times(), expansion_times()
+    import matplotlib.pyplot as plt
+
     print("experts | step, ms | expansion, s")
     for count in EXPERTS:
         print(f"{count} | {steps[count]:.0f} | {expansions.get(count, float('nan')):.2f}")

@@ -63,11 +63,16 @@ def response_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
     A target of ``IGNORE`` has no loss.
     """
     states_LH, targets_L, example_ids_L = response_states(model, batch)
+    return chunked_head_losses(model.lm_head, states_LH, targets_L), targets_L, example_ids_L
+
+
+def chunked_head_losses(head: torch.nn.Module, states_LH: Tensor, targets_L: Tensor) -> Tensor:
+    """Cross entropy of each token, float32; ``HEAD_TOKENS`` rows of logits at a time, again in the backward pass."""
     chunks = [
-        checkpoint(_head_losses, model.lm_head, *chunk, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_head_losses, head, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(states_LH.split(HEAD_TOKENS), targets_L.split(HEAD_TOKENS), strict=True)
     ]
-    return torch.cat(chunks), targets_L, example_ids_L
+    return torch.cat(chunks)
 
 
 def _head_losses(head: torch.nn.Module, states_LH: Tensor, targets_L: Tensor) -> Tensor:
