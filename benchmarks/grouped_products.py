@@ -2,7 +2,7 @@
 
     python -m benchmarks.grouped_products [--shape 576x1536x8] [--tokens 16384]
 
-Medians of CUDA events, bf16, top-2, an even load. cuBLAS takes all rows with one expert's weights, as a dense FFN does.
+Medians of CUDA events, bf16, top-2, an even load. cuBLAS takes all rows with one expert's weights, like a dense FFN.
 """
 
 import argparse
