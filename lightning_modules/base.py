@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from typing_extensions import override
 
+from lightning_modules import horizon
 from lightning_modules.monitors import check_monitors
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
@@ -288,29 +289,12 @@ class CausalLMModule(L.LightningModule):
     # --- optimisation --------------------------------------------------------------------------------
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch.
-
-        Not ``trainer.estimated_stepping_batches``: that sets up the loader before a checkpoint's loops are
-        restored, and a mid-epoch resume would then start the epoch's data anew (seen with lightning 2.6.6).
-        """
-        return math.ceil(self.batches_per_epoch() / self.trainer.accumulate_grad_batches)
-
-    def batches_per_epoch(self) -> int:
-        """Training batches of one epoch on this rank."""
-        batches = len(self.trainer.datamodule.train_dataloader())
-        limit = self.trainer.limit_train_batches
-        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        """Optimizer steps of one epoch."""
+        return horizon.steps_per_epoch(self.trainer)
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole fit.
-
-        Raises: ValueError: neither max_epochs nor max_steps bounds the fit.
-        """
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        if epochs in (None, -1) and steps == -1:
-            raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs a horizon")
-        by_epochs = math.inf if epochs in (None, -1) else self.steps_per_epoch() * epochs
-        return int(min(by_epochs, math.inf if steps == -1 else steps))
+        """Optimizer steps of the whole fit."""
+        return horizon.total_steps(self.trainer)
 
     def phase_steps(self) -> int:
         """Optimizer steps of the active phase: the horizon of its learning-rate schedule."""

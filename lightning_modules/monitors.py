@@ -5,27 +5,39 @@ from typing import Any
 
 import lightning as L
 
+from lightning_modules.horizon import first_validation
+
 ALWAYS = ("epoch", "step")  # what ModelCheckpoint knows without anyone logging it
 
 
-def logged(module: Any, trainer: L.Trainer) -> dict[str, set[str]]:
+def logged(module: Any, trainer: L.Trainer, *, by: float = math.inf) -> dict[str, set[str]]:
     """Names of the metrics of each phase, in the order of the phases.
 
     A callback of one's own that logs metrics says which in its attribute ``metrics``, ``{phase: names}``.
+
+    Args:
+        by: optimizer step of the fit that they must be there by; a validation after it comes too late.
     """
-    phases = {part.phase: part.training_metrics() | part.validation_metrics() for part in module.phases}
+    trains = 0 < trainer.log_every_n_steps <= by
+    validates = trainer.limit_val_batches if math.isinf(by) else first_validation(trainer) < by
+    phases: dict[str, set[str]] = {}
+    for part in module.phases:
+        phases[part.phase] = part.training_metrics() if trains else set()
+        phases[part.phase] |= part.validation_metrics() if validates else set()
     for callback in trainer.callbacks:
         for phase, names in getattr(callback, "metrics", {}).items():
-            phases.setdefault(phase, set()).update(names)
+            if phase in phases:
+                phases[phase].update(names)
     return phases
 
 
 def check_monitors(module: Any, trainer: L.Trainer) -> None:
-    """Refuse a callback that monitors what no phase logs, or that would fail for want of it in the first phase.
+    """Refuse a callback that monitors what no phase logs, or that would fail for want of it in the phase at the start.
 
     Raises: ValueError: names the callback, its metric, and those there will be.
     """
     phases = logged(module, trainer)
+    start = (module.resumed or {"phase": module.phase})["phase"]
     for callback in trainer.callbacks:
         name = getattr(callback, "monitor", None)
         if name is None or name in ALWAYS:
@@ -37,20 +49,6 @@ def check_monitors(module: Any, trainer: L.Trainer) -> None:
                 f"{field}: nothing logs it, only {sorted(set().union(*phases.values()))}; a callback of your own that "
                 "logs it says so in its attribute metrics"
             )
-        if found[0] != next(iter(phases)) and getattr(callback, "strict", True) and trainer.ckpt_path is None:
+        if start not in found and getattr(callback, "strict", True):
             remedy = "set its strict to false, or " if hasattr(callback, "strict") else ""
             raise ValueError(f"{field} is logged in the {found[0]} phase alone: {remedy}monitor val/loss")
-
-
-def first_validation(trainer: L.Trainer, batches: int) -> float:
-    """Optimizer step that the first validation comes after; infinity where there is none.
-
-    Args:
-        batches: training batches an epoch.
-    """
-    if not trainer.limit_val_batches:
-        return math.inf
-    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    within = interval if isinstance(interval, int) else max(1, int(batches * interval))
-    before = 0 if epochs is None else (epochs - 1) * batches
-    return (before + within) / trainer.accumulate_grad_batches

@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
-from lightning_modules.monitors import first_validation, logged
+from lightning_modules.monitors import logged
 from upit.checkpoints import config_of
 from upit.families import grown_config, moe_config
 from upit.models import build, outline
@@ -52,9 +52,7 @@ class UpITModule(CausalLMModule):
 
     def metrics_by(self, step: int) -> set[str]:
         """Names of the metrics that the dense phase has logged by an optimizer step."""
-        validated = first_validation(self.trainer, self.batches_per_epoch()) < step
-        missing = set() if validated else self.dense.validation_metrics()
-        return logged(self, self.trainer)["dense"] - missing
+        return logged(self, self.trainer, by=step)["dense"]
 
     @override
     def enter(self, identity: dict[str, Any]) -> None:

@@ -95,6 +95,8 @@ def test_choices_that_do_not_fit_the_model_are_refused_before_training(make_data
             {"val_check_interval": 6},
             r"Best\.metric='val/loss': .* only with \['dense/lm_loss', 'train/loss'\]",
         ),
+        ("val/loss", {"val_check_interval": "00:10:00:00"}, r"Best\.metric='val/loss'"),
+        ("train/loss", {"log_every_n_steps": 7}, r"Best\.metric='train/loss': .* only with .*'val/loss'"),
     ],
 )
 def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
@@ -109,6 +111,12 @@ def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
 def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
     callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("val/loss")}, report=False)
     trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=5, max_steps=7)
+    assert trainer.lightning_module.phase == "moe"
+
+
+def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
+    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("train/loss")}, report=False)
+    trainer = fit(tmp_path, make_data(), callbacks, log_every_n_steps=6, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
 

@@ -1,6 +1,8 @@
 """What is said of metrics before a fit: it is true, and a callback that would wait for one in vain is refused."""
 
 import math
+import shutil
+from contextlib import nullcontext
 
 import pytest
 from lightning.pytorch import Callback
@@ -8,7 +10,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks import RoutingPicture
 from lightning_modules import DenseModule
-from lightning_modules.monitors import first_validation, logged
+from lightning_modules.horizon import first_validation
+from lightning_modules.monitors import logged
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 
 
@@ -53,13 +56,14 @@ def test_the_names_are_those_of_what_is_logged(make_data, tmp_path):
         ({"check_val_every_n_epoch": None, "val_check_interval": 6}, 6),
         ({"accumulate_grad_batches": 2}, 2),
         ({"limit_val_batches": 0}, math.inf),
+        ({"val_check_interval": "00:10:00:00"}, math.inf),
     ],
     ids=str,
 )
 def test_the_first_validation_is_where_lightning_has_it(make_data, tmp_path, settings, step):
     seen, limits = Seen(), {"limit_train_batches": 4, "max_epochs": 2, "max_steps": -1}
     trainer = fit(tmp_path, make_data(), [seen], module=DenseModule(config=TINY), **limits, **settings)
-    assert first_validation(trainer, 4) == step
+    assert first_validation(trainer) == step
     assert seen.validations[:1] == ([] if math.isinf(step) else [step])
 
 
@@ -82,9 +86,32 @@ def test_a_metric_that_nothing_logs_is_refused_before_training(make_data, tmp_pa
     assert not (tmp_path / "experts").exists()
 
 
-def test_a_dense_run_has_no_metrics_of_a_moe(make_data, tmp_path):
-    with pytest.raises(ValueError, match=r"monitor='moe/val_loss': nothing logs it"):
-        fit(tmp_path, make_data(), [EarlyStopping("moe/val_loss", strict=False)], module=DenseModule(config=TINY))
+@pytest.mark.parametrize("metric", ["moe/val_loss", "router/dead_experts"])
+def test_a_dense_run_has_no_metrics_of_a_moe(make_data, tmp_path, metric):
+    callbacks = [RoutingPicture(), EarlyStopping(metric, strict=False)]
+    with pytest.raises(ValueError, match=f"monitor='{metric}': nothing logs it"):
+        fit(tmp_path, make_data(), callbacks, module=DenseModule(config=TINY))
+
+
+@pytest.mark.parametrize(
+    ("metric", "settings"), [("val/loss", {"limit_val_batches": 0}), ("train/loss", {"log_every_n_steps": 0})]
+)
+def test_a_metric_that_the_trainer_turns_off_is_refused(make_data, tmp_path, metric, settings):
+    with pytest.raises(ValueError, match=f"monitor='{metric}': nothing logs it"):
+        fit(tmp_path, make_data(), [EarlyStopping(metric)], module=DenseModule(config=TINY), **settings)
+
+
+@pytest.mark.parametrize(
+    ("step", "metric", "refused"),
+    [(4, "moe/val_loss", "moe"), (9, "dense/val_loss", "dense"), (9, "moe/val_loss", None)],
+)
+def test_what_a_resumed_run_monitors(finished, make_data, tmp_path, step, metric, refused):
+    shutil.copytree(finished[0], tmp_path / "run")
+    callbacks = [*make_callbacks(report=False), EarlyStopping(metric)]
+    trainer = make_trainer(tmp_path / "run", callbacks, logger=False, val_check_interval=10)
+    trainer.ckpt_path = tmp_path / f"run/checkpoints/step={step}.ckpt"  # as the command line does
+    with pytest.raises(ValueError, match=f"in the {refused} phase alone") if refused else nullcontext():
+        trainer.fit(make_module(), datamodule=make_data(), weights_only=True)
 
 
 def test_a_callback_says_what_it_logs(make_data, tmp_path):

@@ -68,6 +68,23 @@ def test_a_fit_without_an_end_is_refused(make_data, tmp_path):
         fit(DenseModule(config=TINY), make_data(), tmp_path, [], max_steps=-1, max_epochs=-1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches=0 must be at least 1"),
+        ({"accumulate_grad_batches": -2}, r"trainer\.accumulate_grad_batches=-2 must be"),
+        ({"limit_train_batches": 0}, r"trainer\.limit_train_batches=0 leaves none of the epoch's 24 batches"),
+        ({"limit_train_batches": 0.01}, r"trainer\.limit_train_batches=0\.01 leaves none"),
+    ],
+    ids=str,
+)
+def test_a_fit_without_a_step_is_refused(make_data, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit(make_module(), make_data(), tmp_path, make_callbacks(report=False), **settings)
+    with pytest.raises(ValueError, match=message):
+        fit(DenseModule(config=TINY), make_data(), tmp_path, [], **settings)
+
+
 def test_matrices_decay_and_norms_do_not(make_data, tmp_path):
     module = DenseModule(config=TINY, weight_decay=0.3)
     trainer, _ = fit(module, make_data(), tmp_path, [], max_steps=1)
