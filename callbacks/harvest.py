@@ -18,6 +18,7 @@ from upit.families import is_expert
 from upit.pool import Pool
 from upit.sharding import full
 
+METRICS = "upit_metrics"  # in checkpoints
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +66,7 @@ class ExpertHarvest(Callback):
         self.least = 1  # experts, set by Upcycling where it needs more
         self.steps: list[int] = []  # harvested at
         self.seen_step = 0
+        self._past: dict[str, float] = {}  # metrics of before a resume
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._pending: list[Future] = []
 
@@ -150,11 +152,15 @@ class ExpertHarvest(Callback):
         if step:
             self.steps.append(step)
         if rank() == 0:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
-            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
-            epoch = step / pl_module.steps_per_epoch()
+            metrics, epoch = self._metrics(trainer), step / pl_module.steps_per_epoch()
             self.drain()
             self._pending.append(self._writer.submit(self._write, tensors, rest, step, epoch, metrics))
+
+    def _metrics(self, trainer) -> dict[str, float]:
+        """The last value of each metric, of before a resume too, which Lightning forgets."""
+        now = {k: float(v) for k, v in trainer.callback_metrics.items() if torch.as_tensor(v).numel() == 1}
+        last = self._past | now
+        return {name: value for name, value in last.items() if math.isfinite(value)}  # JSON has no NaN
 
     def _write(self, tensors, rest, step: int, epoch: float, metrics: dict[str, float]) -> None:
         pool = Pool(self.directory)
@@ -183,6 +189,11 @@ class ExpertHarvest(Callback):
     @override
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         self.drain()  # a checkpoint vouches for every expert harvested before it
+        checkpoint[METRICS] = self._metrics(trainer)
+
+    @override
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        self._past = checkpoint.get(METRICS, {})
 
     @override
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:

@@ -150,6 +150,19 @@ def test_a_resumed_run_harvests_what_is_still_to_come(make_data, tmp_path):
     assert (tmp_path / "experts/step_0000002.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_resumed_run_still_knows_the_metrics_of_before(make_data, tmp_path):
+    """A validation before the checkpoint is the last one that later experts have."""
+
+    def metrics(ckpt_path=None):
+        settings = {"val_check_interval": 3, "log_every_n_steps": 2, "max_steps": 5}
+        fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=5), ckpt_path=ckpt_path, **settings)
+        return Pool.load(tmp_path / "experts").experts[0].metrics
+
+    whole = metrics()
+    assert {"val/loss", "train/loss"} <= whole.keys()
+    assert metrics(tmp_path / "checkpoints/step=4.ckpt") == whole
+
+
 def test_experts_of_an_abandoned_future_are_forgotten(make_data, tmp_path):
     """A run resumed with other points must not upcycle experts that its own past never had."""
     fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=1))
