@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from callbacks.scalars import log_now
 from upit.collapse import balance_of, collapsed
-from upit.examples import PADDING
+from upit.examples import token_mask
 from upit.forward import last_routing
 from upit.metrics import ExpertLoad
 
@@ -51,24 +51,27 @@ class CollapseGuard(Callback):
         self.action = action
         self.factor = factor
         self.max_weight = max_weight
-        self.looked_at: int | None = None  # optimizer step; None until the first MoE step
+        self.looked_at: int | None = None  # optimizer step that the window begins after; None before any fit
         self.load: ExpertLoad | None = None  # of the window so far
         self.weight: float | None = None  # the raised one
 
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
         moe = getattr(pl_module, "moe", pl_module)
-        if stage == "fit" and self.action == "raise_weight":
-            if not moe.load_balancing_weight:
-                raise ValueError("CollapseGuard.action=raise_weight multiplies load_balancing_weight, which is 0")
-            if self.max_weight <= moe.load_balancing_weight:
-                raise ValueError(
-                    f"CollapseGuard.max_weight={self.max_weight} must be above "
-                    f"load_balancing_weight={moe.load_balancing_weight}, which raise_weight raises"
-                )
+        if stage != "fit" or moe.phase != "moe" or self.action != "raise_weight":
+            return
+        if not moe.load_balancing_weight:
+            raise ValueError("CollapseGuard.action=raise_weight multiplies load_balancing_weight, which is 0")
+        if self.max_weight <= moe.load_balancing_weight:
+            raise ValueError(
+                f"CollapseGuard.max_weight={self.max_weight} must be above "
+                f"load_balancing_weight={moe.load_balancing_weight}, which raise_weight raises"
+            )
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:
+        if self.looked_at is None:
+            self.looked_at = trainer.global_step
         # of a resumed run
         if self.weight is not None:
             pl_module.active.load_balancing_weight = self.weight
@@ -80,18 +83,18 @@ class CollapseGuard(Callback):
         if pl_module.active.phase != "moe":
             return
         self._count(pl_module, batch)
-        if self.looked_at is None:
-            self.looked_at = pl_module.swap_step or 0
         if trainer.global_step - self.looked_at >= self.window:
             self.looked_at = trainer.global_step
             self._look(trainer, pl_module)
 
-    def on_growth_end(self, trainer, module, growth) -> None:
+    def on_upcycling_end(self, trainer, module, event) -> None:
         self.looked_at, self.load = trainer.global_step, None  # a window of the experts of now
+
+    on_growth_end = on_upcycling_end
 
     def _count(self, module, batch) -> None:
         logits_DTE, expert_ids_DTK = last_routing(module.lm)
-        weight_T = (batch["example_ids"] != PADDING).flatten().float()
+        weight_T = token_mask(batch).float()
         if self.load is None:
             self.load = ExpertLoad(len(logits_DTE), logits_DTE.shape[-1]).to(weight_T.device)
         self.load.update(expert_ids_DTK, weight_T)

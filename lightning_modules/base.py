@@ -339,8 +339,3 @@ class CausalLMModule(L.LightningModule):
             if self._trainer is not None:
                 self.active.finish(self._trainer)
         self.active.means.restore(checkpoint.get(MEANS, {}))
-
-
-def mask_of(batch: Batch) -> Tensor:
-    """True for real tokens, flattened."""
-    return (batch["example_ids"] != PADDING).flatten()

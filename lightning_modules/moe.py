@@ -5,9 +5,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_modules.base import CausalLMModule, mask_of
+from lightning_modules.base import CausalLMModule
 from upit.distributed import all_sum, world_size
-from upit.examples import Batch
+from upit.examples import Batch, token_mask
 from upit.families import check_top_k
 from upit.forward import last_routing
 from upit.losses import load_balancing_loss, router_z_loss
@@ -68,7 +68,7 @@ class MoEModule(CausalLMModule):
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         lm_loss, response_tokens = self.lm_loss(batch)
         router_logits_DTE, expert_ids_DTK = last_routing(self.lm)
-        mask_T = mask_of(batch)
+        mask_T = token_mask(batch)
         balance = load_balancing_loss(
             router_logits_DTE=router_logits_DTE,
             expert_ids_DTK=expert_ids_DTK,

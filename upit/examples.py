@@ -100,6 +100,11 @@ def _batch(ids_N: Tensor, labels_N: Tensor, owners_S: Tensor, lengths_S: Tensor,
     }
 
 
+def token_mask(batch: Batch) -> Tensor:
+    """True for real tokens, False for padding, (B * T,)."""
+    return (batch["example_ids"] != PADDING).flatten()
+
+
 def length_grouped(indices: Sequence[int], lengths: Mapping[int, int] | Sequence[int], *, max_tokens: int):
     """Group indices into batches of similar length, each at most ``max_tokens`` tokens with its padding.
 

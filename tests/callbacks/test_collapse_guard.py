@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from callbacks import CollapseGuard
-from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from lightning_modules import DenseModule
+from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
 from upit.router_init import Random
 
 STRICT = {"window": 2, "min_share": 1.0, "min_entropy": 1.0}  # any imbalance is a collapse
@@ -72,6 +73,22 @@ def test_refuses_to_raise_nothing(fit):
         fit(CollapseGuard(action="raise_weight"), load_balancing_weight=0.0)
     with pytest.raises(ValueError, match=r"max_weight=0.1 must be above load_balancing_weight=0.2"):
         fit(CollapseGuard(action="raise_weight"), load_balancing_weight=0.2)
+
+
+def test_a_guard_that_joins_a_run_begins_there(fit, tmp_path):
+    fit(CollapseGuard(window=50))
+    state = torch.load(tmp_path / "checkpoints/step=7.ckpt", weights_only=True)
+    del state["callbacks"]["CollapseGuard"]
+    torch.save(state, tmp_path / "checkpoints/unguarded.ckpt")
+    guard = CollapseGuard(window=3)
+    fit(guard, ckpt_path=tmp_path / "checkpoints/unguarded.ckpt")
+    assert guard.looked_at == 7
+
+
+def test_a_dense_run_has_nothing_to_guard(make_data, tmp_path):
+    trainer = make_trainer(tmp_path, [CollapseGuard(action="raise_weight")], logger=False, max_steps=1)
+    trainer.fit(DenseModule(config=TINY), datamodule=make_data())
+    assert trainer.global_step == 1
 
 
 @pytest.mark.parametrize(
