@@ -9,7 +9,7 @@ from callbacks.event import UpcyclingEvent, callback_of, follow_module, run_seed
 from callbacks.harvest import ExpertHarvest
 from upit.artefacts import Run
 from upit.distributed import rank
-from upit.expansion import check_counts
+from upit.expansion import check_choices
 from upit.expert_sources import ExpertSource, Harvested
 from upit.families import check_top_k
 from upit.merging import Merge
@@ -117,9 +117,8 @@ class Upcycling(UpcyclingEvent):
         if not points:
             raise ValueError(f"{self.when} (step {step}) comes before the first harvest; harvest earlier")
         available = self.source.count(len(points), num_experts)
-        check_counts(available, num_experts)
-        if num_experts > available:
-            self.parents.check(self.source.metrics(module.metrics_by(points[-1])))
+        metrics = self.source.metrics(module.metrics_by(points[-1]))
+        check_choices(available, num_experts, self.parents, metrics)
         counts = [self.source.count(harvested, num_experts) for harvested in range(1, len(points) + 1)]
         self.harvest.least = 1 + sum(count < min(2, num_experts) for count in counts)
         self._seed_indices(trainer, num_experts)

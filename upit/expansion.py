@@ -1,6 +1,6 @@
 """Expert expansion: any number of experts from M checkpoints (arXiv:2410.01610, Algorithm 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,8 @@ def expand(
         track: wraps the tensor names of each pass, for a progress bar.
     Raises: ValueError: N < 1, fewer than two experts to merge, or parents that can't be chosen.
     """
-    check_counts(len(pool), num_experts)
     merge, parents, similarity = merge or Dare(), parents or MostDissimilar(), similarity or Cosine()
-    if num_experts > len(pool):
-        parents.check({name for expert in pool for name in expert.metrics})
+    check_choices(len(pool), num_experts, parents, metrics_of(pool))
     experts = list(pool)
     products = _products(similarity, experts, len(experts), base, score, track)
     if num_experts < len(pool):
@@ -81,15 +79,28 @@ def expand(
     return Expansion(experts, lineage, similarity.matrix(products).tolist())
 
 
-def check_counts(available: int, num_experts: int) -> None:
-    """Raises: ValueError: N < 1, or more experts wanted than there are and fewer than two to merge."""
+def check_choices(available: int, num_experts: int, parents: Parents, metrics: Collection[str]) -> None:
+    """Refuse, before any work, what could not give N experts.
+
+    Args:
+        available: M.
+        metrics: names of those that the experts come with.
+    Raises: ValueError: N < 1; or N > M and fewer than two experts to merge, or parents that can't be chosen.
+    """
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts} must be at least 1")
-    if num_experts > available and available < 2:
-        raise ValueError(
-            f"num_experts={num_experts} needs at least 2 checkpoints to merge, there are {available}; "
-            "harvest more often"
-        )
+    if num_experts > available:
+        if available < 2:
+            raise ValueError(
+                f"num_experts={num_experts} needs at least 2 checkpoints to merge, there are {available}; "
+                "harvest more often"
+            )
+        parents.check(metrics)
+
+
+def metrics_of(experts: Iterable[Expert]) -> set[str]:
+    """Names of the metrics that some of the experts come with."""
+    return {name for expert in experts for name in expert.metrics}
 
 
 def _products(

@@ -130,9 +130,11 @@ def expand(
 
     import torch
 
+    from upit.expansion import check_choices, metrics_of
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
     from upit.pool import Pool
+    from upit.selection import MostDissimilar
     from upit.stage_inputs import (
         all_experts,
         base_at,
@@ -146,6 +148,7 @@ def expand(
     pool, found, origin = Pool(Path(output)), all_experts(experts), base_at(base)
     check_apart(pool.directory, [base, *experts])
     check_experts(found, origin)
+    check_choices(len(found), num_experts, parents or MostDissimilar(), metrics_of(found))
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
     if any(file.suffix not in (".safetensors", ".json") for file in pool.directory.glob("*")):

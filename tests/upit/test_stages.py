@@ -218,6 +218,22 @@ def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
     assert not (tmp_path / "pool").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"parents": "Best", "parents.metric": "val/loss"}, r"Best\.metric='val/loss': no expert comes with it"),
+        ({"similarity": "Functional"}, "valid choices: Cosine, Euclidean"),
+    ],
+    ids=str,
+)
+def test_expand_refuses_before_it_overwrites(checkpoints, tmp_path, flags, said):
+    expand(checkpoints, tmp_path / "pool")
+    with pytest.raises(SystemExit, match=said):
+        expand(checkpoints, tmp_path / "pool", overwrite="true", **flags)
+    Pool.load(tmp_path / "pool").verify()
+
+
 # --- routers -----------------------------------------------------------------------------------------
 
 
