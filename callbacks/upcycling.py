@@ -11,7 +11,6 @@ from upit.artefacts import Run
 from upit.distributed import rank
 from upit.expansion import check_choices
 from upit.expert_sources import ExpertSource, Harvested
-from upit.families import check_top_k
 from upit.merging import Merge
 from upit.non_experts import Last, NonExperts
 from upit.router_init import RouterInit, RoutingVectors
@@ -88,21 +87,20 @@ class Upcycling(UpcyclingEvent):
                     f"{type(callback).__name__} keeps copies of the dense weights and would save them as the MoE's; "
                     "remove it from trainer.callbacks"
                 )
-        check_top_k(module.moe.num_experts, module.moe.top_k)
+        self.harvest = callback_of(trainer, ExpertHarvest, reason="Upcycling needs the experts that are saved by")
+        self.harvest.keep_rest = self.non_experts.of_pool
+        dense = module.outline()
+        if dense is not None:  # else the swap is done, and its choices with it
+            self._check_choices(trainer, module, dense)
+            module.plan_swap(self._checked_step(trainer, module))
+
+    def _check_choices(self, trainer, module, dense) -> None:
+        """Whether the choices go with one another and with the dense model's outline."""
         if self.non_experts.of_pool and not self.source.whole:
             raise ValueError(
                 f"Upcycling.non_experts={self.non_experts} averages over checkpoints, but those of "
                 f"source={self.source} come without the parameters it needs; use upit.non_experts.Last"
             )
-        self._check_choices(trainer, module)
-        self.harvest = callback_of(trainer, ExpertHarvest, reason="Upcycling needs the experts that are saved by")
-        self.harvest.keep_rest = self.non_experts.of_pool
-        module.plan_swap(self._checked_step(trainer, module))
-
-    def _check_choices(self, trainer, module) -> None:
-        dense = module.outline()
-        if dense is None:
-            return
         self.source.check(dense, trainer.datamodule.tokenizer)
         self.non_experts.check(dense)
         self.router.check(dense.config, module.moe.num_experts)

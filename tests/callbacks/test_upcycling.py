@@ -1,6 +1,8 @@
 """The swap: what is refused before training, on which boundary it happens, and whom it tells."""
 
 import csv
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -106,6 +108,16 @@ def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, make_data(), callbacks, **{"val_check_interval": 2, **settings})
     assert not (tmp_path / "experts").exists()
+
+
+@pytest.mark.parametrize(("step", "refused"), [(4, True), (9, False)], ids=["dense", "moe"])
+def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(finished, make_data, tmp_path, step, refused):
+    shutil.copytree(finished[0], tmp_path / "run")
+    callbacks = make_callbacks(upcycling={"parents": Best("val/los")}, report=False)
+    trainer = make_trainer(tmp_path / "run", callbacks, logger=False)
+    trainer.ckpt_path = tmp_path / f"run/checkpoints/step={step}.ckpt"  # as the command line does
+    with pytest.raises(ValueError, match=r"Best\.metric") if refused else nullcontext():
+        trainer.fit(make_module(), datamodule=make_data(), weights_only=True)
 
 
 def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
