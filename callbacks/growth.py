@@ -60,11 +60,13 @@ class ExpertGrowth(UpcyclingEvent):
                 f"ExpertGrowth.similarity={self.similarity} compares losses on seed data, of which growth has none; "
                 "use upit.similarity.Cosine or Euclidean"
             )
-        if self.parents.needs_metrics:
+        try:
+            self.parents.check(metrics=())
+        except ValueError as error:
             raise ValueError(
-                f"ExpertGrowth.parents={self.parents} goes by metrics noted at the harvest, which trained experts do "
-                "not have; use upit.selection.MostDissimilar, MostSimilar or Random"
-            )
+                f"ExpertGrowth.parents: {error}: trained experts come with no metrics; "
+                "use upit.selection.MostDissimilar, MostSimilar or Random"
+            ) from None
         self.num_experts = num_experts
         self.router = router or MergedRows()
 

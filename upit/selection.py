@@ -23,8 +23,6 @@ class Parents(Strategy):
     again.
     """
 
-    needs_metrics = False  # of the harvest
-
     def check(self, metrics: Collection[str]) -> None:
         """Refuse, before the run, what could not choose.
 
@@ -85,8 +83,6 @@ class Best(Parents):
         metric: name of a logged metric, such as "val/loss".
         mode: whether a low or a high one is good.
     """
-
-    needs_metrics = True
 
     def __init__(self, metric: str, mode: Literal["min", "max"] = "min") -> None:
         self.metric = metric

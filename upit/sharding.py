@@ -1,9 +1,9 @@
-"""Read and fill parameters that may be shards: plain tensors and FSDP2's DTensors alike."""
+"""Parameters that may be shards: plain tensors and FSDP2's DTensors alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,12 +13,6 @@ from upit.distributed import all_sum, world_size
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
-
-
-class Sliceable(Protocol):
-    """A tensor, or a safetensors slice: indexing reads only what is asked for."""
-
-    def __getitem__(self, index): ...
 
 
 def shard(model: PreTrainedModel, mesh) -> None:
@@ -57,12 +51,6 @@ def local_slices(param: Tensor) -> tuple[slice, ...]:
 def local(param: Tensor) -> Tensor:
     """The tensor this rank holds; shares memory with ``param``."""
     return param.to_local() if _is_sharded(param) else param
-
-
-@torch.no_grad()
-def fill(param: Tensor, source: Sliceable) -> None:
-    """Copy this rank's part of ``source``, which has the whole parameter's shape, into ``param``."""
-    local(param).copy_(source[local_slices(param)])
 
 
 def full(param: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def fit(run, data, callbacks, *, module=None, **kwargs):
         ),
         (
             {"at_step": 8, "parents": Best("val/loss")},
-            r"ExpertGrowth\.parents=Best.*use upit\.selection\.MostDissimilar",
+            r"ExpertGrowth\.parents: Best\.metric='val/loss': .*use upit\.selection\.MostDissimilar",
         ),
     ],
 )
