@@ -10,15 +10,16 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules import horizon
 from lightning_modules.monitors import check_monitors
+from lightning_modules.optimizers import adamw
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
-from upit.evaluation import Scores, answer_budget, evaluate, greedy_answers, summed_losses
-from upit.examples import IGNORE, PADDING, Batch
+from upit.evaluation import Scores, evaluate, greedy_answers, summed_losses, summed_matches
+from upit.examples import IGNORE, Batch
 from upit.forward import response_losses
 from upit.metrics import WeightedMeans
 from upit.models import build
@@ -245,16 +246,7 @@ class CausalLMModule(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         data = self.trainer.datamodule
         sums_C, counts_C = summed_losses(self.lm, batch, data)
-        ids_B = batch["example_ids"][:, 0].tolist()
-        rows = [data.heldout_set[max(0, i)] for i in ids_B]
-        prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-        budgets = [self.active.max_new_tokens or answer_budget(row) for row in rows]
-        answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
-        right_2C = torch.zeros(2, len(data.domains))
-        for i, row, answer in zip(ids_B, rows, answers, strict=True):
-            if i != PADDING:
-                right_2C[:, data.domains.index(row["domain"])] += torch.tensor([data.verify(row, answer), 1.0])
-        right_C, asked_C = right_2C.to(sums_C)
+        right_C, asked_C = summed_matches(self.lm, batch, data, max_new_tokens=self.active.max_new_tokens)
         self.heldout.update(torch.cat([sums_C, right_C]), torch.cat([counts_C, asked_C]))
 
     @override
@@ -306,16 +298,15 @@ class CausalLMModule(L.LightningModule):
 
     def optimizers_for(self, steps: int) -> dict[str, Any]:
         """AdamW and a schedule with a horizon of ``steps``."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=params[0].is_cuda or None)
-        # let Lightning unscale: under mixed precision it refuses to clip for optimizers that do it themselves
-        optimizer._step_supports_amp_scaling = False
-        warmup = round(self.warmup_fraction * steps)
-        scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        optimizer, scheduler = adamw(
+            self.parameters(),
+            steps,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            schedule=self.schedule,
+            warmup_fraction=self.warmup_fraction,
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- identity in checkpoints ---------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.distributed import all_sum, own_share, world_size
-from upit.examples import Batch, Example, collate, length_grouped
+from upit.examples import PADDING, Batch, Example, collate, length_grouped
 from upit.forward import response_logits, response_losses
 from upit.losses import grouped_losses
 from upit.scoring import Autocast, score_examples, to_device
@@ -63,6 +63,27 @@ def summed_losses(model: PreTrainedModel, batch: Batch, data) -> tuple[Tensor, T
     domains_L = [data.domains.index(data.heldout_set[i]["domain"]) for i in ids_L.tolist()]
     groups_L = torch.tensor(domains_L, device=losses_L.device, dtype=torch.long)
     return grouped_losses(losses_L=losses_L, targets_L=targets_L, groups_L=groups_L, num_groups=len(data.domains))
+
+
+def summed_matches(
+    model: PreTrainedModel, batch: Batch, data, *, max_new_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Right greedy answers and questions of each domain in a held-out batch, two float32 (C,); padding is neither.
+
+    Args:
+        max_new_tokens: of an answer; default :func:`answer_budget`.
+    """
+    ids_B = batch["example_ids"][:, 0].tolist()
+    rows = [data.heldout_set[max(0, i)] for i in ids_B]
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    budgets = [max_new_tokens or answer_budget(row) for row in rows]
+    answers = greedy_answers(model, data.tokenizer, prompts, max_new_tokens=budgets)
+    sums_2C = torch.zeros(2, len(data.domains), dtype=torch.float32)
+    for i, row, answer in zip(ids_B, rows, answers, strict=True):
+        if i != PADDING:
+            sums_2C[:, data.domains.index(row["domain"])] += torch.tensor([data.verify(row, answer), 1.0])
+    right_C, asked_C = sums_2C.to(batch["input_ids"].device)
+    return right_C, asked_C
 
 
 @torch.no_grad()

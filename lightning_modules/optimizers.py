@@ -1,0 +1,31 @@
+"""The optimizer of a phase, and its learning rate over the phase's steps."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+
+def adamw(
+    params: Iterable[nn.Parameter],
+    steps: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    schedule: str,
+    warmup_fraction: float,
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """AdamW that decays matrices and no norms, and a schedule with a horizon of ``steps``; warm-up is a part of it."""
+    trained = [p for p in params if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=trained[0].is_cuda or None)
+    # let Lightning unscale: under mixed precision it refuses to clip for optimizers that do it themselves
+    optimizer._step_supports_amp_scaling = False
+    warmup = round(warmup_fraction * steps)
+    return optimizer, get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
