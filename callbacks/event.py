@@ -37,6 +37,7 @@ class UpcyclingEvent(Callback):
     name: ClassVar[str]
     drift_tag: ClassVar[str]
     dev_step: ClassVar[int]  # under fast_dev_run
+    patience: ClassVar[str]  # what to do about an EarlyStopping that did not wait for the event
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class UpcyclingEvent(Callback):
         if due_at is not None:
             rank_zero_warn(
                 f"the fit ended at step {trainer.global_step}, before the {self.name} at step {due_at}: the model is "
-                "the one before it. If EarlyStopping ended the fit, let it watch moe/val_loss with strict=False"
+                f"the one before it. If EarlyStopping ended the fit, {self.patience}"
             )
 
     def expand(

@@ -40,6 +40,7 @@ class ExpertGrowth(UpcyclingEvent):
     name = "growth"
     drift_tag = "moe/growth_drift_kl"
     dev_step = 3
+    patience = "raise its patience"
 
     def __init__(
         self,
@@ -97,6 +98,11 @@ class ExpertGrowth(UpcyclingEvent):
 
     def _target(self, module) -> int:
         return 2 * module.moe.num_experts if self.num_experts is None else self.num_experts
+
+    @override
+    def on_train_start(self, trainer, pl_module) -> None:
+        if self.due_at(pl_module) is not None:  # resumed after the swap: is its base still there?
+            self.upcycling.harvest.collect()
 
     # --- the growth ----------------------------------------------------------------------------------
 

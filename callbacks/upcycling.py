@@ -49,6 +49,7 @@ class Upcycling(UpcyclingEvent):
     name = "upcycling"
     drift_tag = "moe/swap_drift_kl"
     dev_step = 2
+    patience = "let it watch moe/val_loss with strict=False"
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """The growth of a MoE: what is refused before training, and a fit that ends before it."""
 
+import shutil
+
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 
@@ -68,9 +70,20 @@ def test_a_module_that_cannot_grow_is_refused(make_data, tmp_path):
         fit(tmp_path, make_data(), [ExpertGrowth(at_step=8)], module=DenseModule(config=TINY))
 
 
+def test_a_run_resumed_without_its_harvest_is_refused_before_it_trains(finished, make_data, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/experts")
+    chosen = [ExpertGrowth(at_step=9), *make_callbacks(report=False)]
+    trainer = make_trainer(tmp_path / "run", chosen, logger=False)
+    checkpoint = tmp_path / "run/checkpoints/step=7.ckpt"
+    with pytest.raises(ValueError, match=r"no harvested experts in .*experts.*manifest\.json is missing"):
+        trainer.fit(make_module(), datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == 7
+
+
 def test_a_fit_that_ends_before_its_growth_says_so(make_data, tmp_path):
     stop = EarlyStopping("moe/val_loss", strict=False, patience=0, min_delta=99.0)
     others = make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False)
     settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1}
-    with pytest.warns(UserWarning, match="ended at step 8, before the growth at step 9"):
+    with pytest.warns(UserWarning, match="ended at step 8, before the growth at step 9.*raise its patience"):
         fit(tmp_path, make_data(), [ExpertGrowth(at_step=9, num_experts=5), *others, stop], **settings)
