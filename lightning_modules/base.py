@@ -139,6 +139,7 @@ class CausalLMModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            horizon.check_validation(self.trainer)
             check_monitors(self, self.trainer)
 
     # --- building ------------------------------------------------------------------------------------

@@ -43,13 +43,26 @@ def total_steps(trainer: L.Trainer) -> int:
     return int(min(by_epochs, math.inf if steps == -1 else steps))
 
 
+def check_validation(trainer: L.Trainer) -> None:
+    """Raises: ValueError: trainer.val_check_interval is not positive, of which Lightning finds out in training."""
+    if not _by_clock(trainer) and trainer.val_check_interval <= 0:
+        raise ValueError(
+            f"trainer.val_check_interval={trainer.val_check_interval} must be positive; to turn validation off, set "
+            "trainer.limit_val_batches to 0"
+        )
+
+
 def first_validation(trainer: L.Trainer) -> float:
     """Optimizer step that the first validation comes after; infinity where there is none, or the clock says when."""
-    by_clock = not hasattr(trainer, "val_check_interval")
-    if by_clock or not trainer.limit_val_batches:
+    if _by_clock(trainer) or not trainer.limit_val_batches:
         return math.inf
     batches = batches_per_epoch(trainer)
     interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
     within = interval if isinstance(interval, int) else max(1, int(batches * interval))
     before = 0 if epochs is None else (epochs - 1) * batches
     return (before + within) / trainer.accumulate_grad_batches
+
+
+def _by_clock(trainer: L.Trainer) -> bool:
+    """Whether trainer.val_check_interval is a time, which Lightning keeps elsewhere."""
+    return not hasattr(trainer, "val_check_interval")

@@ -79,6 +79,14 @@ def test_an_unknown_subcommand_is_named_with_the_known_ones(capsys):
 # --- run directories ----------------------------------------------------------------------------------
 
 
+def test_a_missing_checkpoint_is_refused_before_anything_is_made(cli_run, tmp_path, monkeypatch, capsys):
+    options = ["--trainer.default_root_dir", tmp_path / "run", "--ckpt_path", tmp_path / "none.ckpt"]
+    with pytest.raises(SystemExit):
+        upit("fit", "-c", cli_run / "config.yaml", *options, monkeypatch=monkeypatch)
+    assert "none.ckpt' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_run_goes_beside_the_first(tmp_path, monkeypatch):
     names = []
     for _ in range(3):

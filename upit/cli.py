@@ -205,6 +205,8 @@ def _train(args: list[str] | None) -> None:
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
             ranks = [os.environ.get(name, "0") for name in LAUNCHERS]
+            if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
+                self.parser.error(f"ckpt_path={config.ckpt_path!r} does not exist")
             started_here = RUN_DIR not in os.environ and set(ranks) == {"0"}
             run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
             if self.subcommand == "fit":
@@ -218,7 +220,7 @@ def _train(args: list[str] | None) -> None:
 
         def after_instantiate_classes(self) -> None:
             options = self.config_init[self.subcommand]
-            if options.get("ckpt_path") and Path(options.ckpt_path).exists():
+            if options.get("ckpt_path"):
                 # told before the model is built, so that it is built as the checkpoint says, sharded too
                 self.trainer.ckpt_path, options.ckpt_path = options.ckpt_path, None
 

@@ -75,10 +75,11 @@ def test_a_fit_without_an_end_is_refused(make_data, tmp_path):
         ({"accumulate_grad_batches": -2}, r"trainer\.accumulate_grad_batches=-2 must be"),
         ({"limit_train_batches": 0}, r"trainer\.limit_train_batches=0 leaves none of the epoch's 24 batches"),
         ({"limit_train_batches": 0.01}, r"trainer\.limit_train_batches=0\.01 leaves none"),
+        ({"val_check_interval": 0}, r"trainer\.val_check_interval=0 must be positive"),
     ],
     ids=str,
 )
-def test_a_fit_without_a_step_is_refused(make_data, tmp_path, settings, message):
+def test_counts_that_cannot_be_are_refused(make_data, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         fit(make_module(), make_data(), tmp_path, make_callbacks(report=False), **settings)
     with pytest.raises(ValueError, match=message):
