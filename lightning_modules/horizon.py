@@ -3,6 +3,7 @@
 import math
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def batches_per_epoch(trainer: L.Trainer) -> int:
@@ -23,8 +24,13 @@ def steps_per_epoch(trainer: L.Trainer) -> int:
     Not ``trainer.estimated_stepping_batches``: that sets up the loader before a checkpoint's loops are restored, and a
     mid-epoch resume would then start the epoch's data anew (seen with lightning 2.6.6).
 
-    Raises: ValueError: trainer.accumulate_grad_batches is below 1.
+    Raises: ValueError: trainer.accumulate_grad_batches is below 1, or changes within the fit.
     """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise ValueError(
+            "GradientAccumulationScheduler gives each epoch another number of steps, and no schedule or swap could be "
+            "planned: remove it from trainer.callbacks and set trainer.accumulate_grad_batches"
+        )
     accumulate = trainer.accumulate_grad_batches
     if accumulate < 1:
         raise ValueError(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")

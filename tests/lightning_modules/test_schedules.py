@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from callbacks import ExpertGrowth
 from lightning_modules import DenseModule
@@ -84,6 +84,11 @@ def test_counts_that_cannot_be_are_refused(make_data, tmp_path, settings, messag
         fit(make_module(), make_data(), tmp_path, make_callbacks(report=False), **settings)
     with pytest.raises(ValueError, match=message):
         fit(DenseModule(config=TINY), make_data(), tmp_path, [], **settings)
+
+
+def test_steps_that_grow_within_a_fit_are_refused(make_data, tmp_path):
+    with pytest.raises(ValueError, match="GradientAccumulationScheduler gives each epoch another number of steps"):
+        fit(DenseModule(config=TINY), make_data(), tmp_path, [GradientAccumulationScheduler({0: 1, 1: 2})])
 
 
 def test_matrices_decay_and_norms_do_not(make_data, tmp_path):
