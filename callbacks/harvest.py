@@ -177,7 +177,7 @@ class ExpertHarvest(Callback):
     def collect(self) -> Pool:
         """The pool, every harvested expert on disk and checked; a collective.
 
-        Raises: ExpertFileError: a file is missing, truncated or changed.
+        Raises: TensorFileError: a file is missing, truncated or changed.
         """
         self.drain()
         barrier()

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -38,13 +39,14 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def tiny_data(cache: Path, **kwargs) -> ReasoningGymDataModule:
+    settings = {"train_size": 120, "heldout_size": 8, "vocab_size": 320, "max_length": 128, "batch_size": 4}
+    return ReasoningGymDataModule(families=FAMILIES, cache_dir=str(cache), **{**settings, **kwargs})
+
+
 @pytest.fixture
 def make_data(cache):
-    def make(**kwargs) -> ReasoningGymDataModule:
-        settings = {"train_size": 120, "heldout_size": 8, "vocab_size": 320, "max_length": 128, "batch_size": 4}
-        return ReasoningGymDataModule(families=FAMILIES, cache_dir=str(cache), **{**settings, **kwargs})
-
-    return make
+    return partial(tiny_data, cache)
 
 
 @pytest.fixture
@@ -101,18 +103,9 @@ def every_step_checkpoints(run: Path) -> ModelCheckpoint:
 def finished(tmp_path_factory, cache):
     """One whole fit over the four stages, with a checkpoint at every step."""
     run = tmp_path_factory.mktemp("finished")
-    data = ReasoningGymDataModule(
-        families=FAMILIES,
-        cache_dir=str(cache),
-        train_size=120,
-        heldout_size=8,
-        vocab_size=320,
-        max_length=128,
-        batch_size=4,
-    )
     module = make_module()
     trainer = make_trainer(run, [*make_callbacks(), every_step_checkpoints(run)])
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=tiny_data(cache))
     return run, trainer, module
 
 

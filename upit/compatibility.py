@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from upit.families import is_expert
-from upit.pool import Expert, ExpertFileError
-from upit.tensor_files import TensorFiles
+from upit.pool import Expert
+from upit.tensor_files import TensorFileError, TensorFiles
 
 
 def check_shapes(expert: Expert, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -14,14 +14,14 @@ def check_shapes(expert: Expert, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
     Args:
         shapes: of the dense model's parameters, or of its experts' alone.
-    Raises: ExpertFileError: a tensor is missing or has another shape.
+    Raises: TensorFileError: a tensor is missing or has another shape.
     """
     own = expert.shapes
     others = {name: entry.shape for name, entry in TensorFiles(expert.rest).items()} if expert.rest else {}
     for name in sorted(own.keys() | {name for name in shapes if expert.rest or is_expert(name)}):
         found = own.get(name, others.get(name))
         if found != shapes.get(name):
-            raise ExpertFileError(
+            raise TensorFileError(
                 f"{expert.file}: tensor {name!r} has shape {found}, the dense model's has {shapes.get(name)}; "
                 "experts must share its architecture"
             )

@@ -263,7 +263,7 @@ def _is_pool(path: Path) -> bool:
 def experts_at(path: Path) -> list[Expert]:
     """The experts of a pool, or the one that is a transformers directory.
 
-    Raises: ExpertFileError: the path is neither, or a file is broken.
+    Raises: TensorFileError: the path is neither, or a file is broken.
     """
     return _experts_of_pool(path) if _is_pool(path) else [_expert_of_model(path)]
 

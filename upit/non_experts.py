@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.families import is_expert
-from upit.pool import Expert, ExpertFileError, Rows
+from upit.pool import Expert, Rows
 from upit.sharding import local, local_slices, reshard
 from upit.strategy import Strategy
-from upit.tensor_files import TensorFiles, open_tensors
+from upit.tensor_files import TensorFileError, TensorFiles, open_tensors
 
 
 class NonExperts(Strategy):
@@ -44,7 +44,7 @@ def _overwrite(dense: PreTrainedModel, value: Callable[[str, tuple[slice, ...]],
 
 def _rest_of(expert: Expert) -> Path:
     if expert.rest is None:
-        raise ExpertFileError(
+        raise TensorFileError(
             f"{str(expert.file)!r} was harvested without the parameters that are no expert's; there is no mean of them"
         )
     return expert.rest

@@ -15,8 +15,6 @@ from upit.families import is_expert
 from upit.files import read_json, write_json
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 
-ExpertFileError = TensorFileError
-
 
 class Rows:
     """One tensor on disk, of which only the rows that are indexed are read."""
@@ -70,13 +68,13 @@ class Expert:
         return Rows(self.tensors, name)
 
     def check(self) -> None:
-        """Raises: ExpertFileError: the file is missing, truncated, or its sha256 is another."""
+        """Raises: TensorFileError: the file is missing, truncated, or its sha256 is another."""
         if not self.file.exists():
-            raise ExpertFileError(f"expert file {str(self.file)!r} is missing; harvest again or restore it")
+            raise TensorFileError(f"expert file {str(self.file)!r} is missing; harvest again or restore it")
         TensorFiles(self.file)
         found = file_sha256(self.file)
         if found != self.sha256:
-            raise ExpertFileError(
+            raise TensorFileError(
                 f"expert file {str(self.file)!r} has sha256 {found}, the manifest says {self.sha256}"
             )
 
@@ -104,7 +102,7 @@ def write_expert(
         specs: dtype and shape of every tensor.
         metadata: of the safetensors header.
     Returns: the file's sha256.
-    Raises: ExpertFileError: a tensor differs from its spec, or holds NaN or infinity.
+    Raises: TensorFileError: a tensor differs from its spec, or holds NaN or infinity.
     """
     digest = hashlib.sha256()
     write_tensors(path, tensors, specs, metadata, digest.update)
@@ -143,10 +141,10 @@ class Pool:
 
     @classmethod
     def load(cls, directory: Path) -> "Pool":
-        """Raises: ExpertFileError: there is no manifest."""
+        """Raises: TensorFileError: there is no manifest."""
         pool = cls(directory)
         if not pool.manifest_file.exists():
-            raise ExpertFileError(f"no harvested experts in {str(directory)!r}: manifest.json is missing")
+            raise TensorFileError(f"no harvested experts in {str(directory)!r}: manifest.json is missing")
         return pool
 
     def manifest(self) -> dict[str, Any]:
@@ -232,7 +230,7 @@ class Pool:
         return replace(expert, file=path, sha256=write_once(path, tensors, expert.specs, expert.sha256), rest=None)
 
     def verify(self) -> None:
-        """Raises: ExpertFileError: a file is missing, truncated or changed, or its tensors differ from the base's."""
+        """Raises: TensorFileError: a file is missing, truncated or changed, or its tensors differ from the base's."""
         base = self.base
         base.check()
         shapes = base.shapes
@@ -241,7 +239,7 @@ class Pool:
             own = expert.shapes
             for name in sorted(shapes.keys() | own.keys()):
                 if shapes.get(name) != own.get(name):
-                    raise ExpertFileError(
+                    raise TensorFileError(
                         f"{expert.file}: tensor {name!r} has shape {own.get(name)}, the base has {shapes.get(name)}"
                     )
 

@@ -26,7 +26,7 @@ from callbacks import (
     SwapPicture,
 )
 from lightning_modules import UpITModule
-from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer, tiny_data
 from tests.integration.test_resume import ROOT, final_weights, fit, write_config
 from upit.artefacts import Run
 from upit.cli import RUN_DIR
@@ -67,16 +67,11 @@ def watchers() -> list:
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory, cache):
     """A whole fit from 4 to 8 experts with everything that watches, a checkpoint at every step."""
-    from datamodules import ReasoningGymDataModule
-    from tests.conftest import FAMILIES
-
     run, watch, module = tmp_path_factory.mktemp("grown"), Watch(), make_module()
-    sizes = {"train_size": 120, "heldout_size": 8, "vocab_size": 320, "max_length": 128, "batch_size": 4}
-    data = ReasoningGymDataModule(families=FAMILIES, cache_dir=str(cache), **sizes)
     loggers = [CSVLogger(run, name="", version=""), TensorBoardLogger(run, name="", version="")]
     chosen = [*watchers(), watch, *callbacks(), every_step_checkpoints(run)]
     trainer = make_trainer(run, chosen, logger=loggers, max_steps=END, val_check_interval=5)
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=tiny_data(cache))
     return run, module, watch
 
 

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
-from datamodules import ReasoningGymDataModule
 from lightning_modules import DenseModule
-from tests.conftest import FAMILIES, TINY
+from tests.conftest import TINY, tiny_data
 from upit.artefacts import Run
 
 EVERY, STEPS = 3, 7
@@ -56,10 +55,7 @@ def run(folder: str, cache: str, **strategy) -> None:
     L.seed_everything(0)
     module = Recording(config=TINY, lr=1e-3)
     module.seen, module.collectives = [], []
-    data = ReasoningGymDataModule(
-        families=FAMILIES, cache_dir=cache, train_size=120, heldout_size=9, vocab_size=320, max_length=128,
-        batch_size=4, eval_batch_tokens=300,
-    )  # fmt: skip
+    data = tiny_data(Path(cache), heldout_size=9, eval_batch_tokens=300)
     trainer = L.Trainer(
         default_root_dir=folder, accelerator="cpu", max_steps=STEPS, log_every_n_steps=EVERY,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

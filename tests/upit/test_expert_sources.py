@@ -13,7 +13,8 @@ from tests.upit.pools import make_pool, near, random_ffn
 from tests.upit.tiny import dense_model
 from upit.expert_sources import Checkpoints, Copies, DropUpcycling, Harvested
 from upit.families import is_expert
-from upit.pool import ExpertFileError, Pool
+from upit.pool import Pool
+from upit.tensor_files import TensorFileError
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_checkpoints_of_another_shape_are_named(tmp_path):
     tensors = random_ffn(1)
     name = next(iter(tensors))
     save_file({**tensors, name: torch.ones(3, 3)}, model / "model.safetensors")
-    with pytest.raises(ExpertFileError, match=rf"{model}: tensor '{name}' has shape \(3, 3\), the dense model's"):
+    with pytest.raises(TensorFileError, match=rf"{model}: tensor '{name}' has shape \(3, 3\), the dense model's"):
         experts_of(Checkpoints([str(model)]), tmp_path, harvest=Pool.load(tmp_path / "pool"))
 
 
@@ -162,7 +163,7 @@ def test_checkpoints_of_another_vocabulary_are_refused_before_the_run(tmp_path, 
 
 def test_pools_of_another_model_are_refused_before_the_run(tmp_path, dense):
     make_pool(tmp_path / "elsewhere", 2)
-    with pytest.raises(ExpertFileError, match=r"step_0000001.safetensors: tensor .* the dense model's has \(32, 48\)"):
+    with pytest.raises(TensorFileError, match=r"step_0000001.safetensors: tensor .* the dense model's has \(32, 48\)"):
         Checkpoints([str(tmp_path / "elsewhere")]).check(dense, None)
 
 

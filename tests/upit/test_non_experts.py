@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tests.upit.tiny import dense_model, expert_of
 from upit.families import is_expert
 from upit.non_experts import Last, Mean, Named
-from upit.pool import ExpertFileError
+from upit.tensor_files import TensorFileError
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_mean_is_over_the_pool_and_leaves_the_experts(pool):
 
 def test_mean_needs_what_the_harvest_kept(pool):
     pool[1].rest = None
-    with pytest.raises(ExpertFileError, match=r"1.safetensors' was harvested without"):
+    with pytest.raises(TensorFileError, match=r"1.safetensors' was harvested without"):
         filled(Mean(), pool)
 
 

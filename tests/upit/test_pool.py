@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.upit.conftest import expert_tensors, shift
-from upit.pool import Expert, ExpertFileError, Pool, file_sha256, write_expert
+from upit.pool import Expert, Pool, file_sha256, write_expert
+from upit.tensor_files import TensorFileError
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_file_is_hashed_once_a_process_until_it_changes(pool, monkeypatch):
         patch.setattr("upit.pool.hashlib.file_digest", lambda *_: pytest.fail("read again"))
         pool.verify()
     flip(pool.directory / "base.safetensors")
-    with pytest.raises(ExpertFileError, match="the manifest says"):
+    with pytest.raises(TensorFileError, match="the manifest says"):
         pool.verify()
 
 
@@ -116,7 +117,7 @@ def other_shape(file):
 @pytest.mark.parametrize("name", ["base.safetensors", "step_0000020.safetensors"])
 def test_a_damaged_file_is_named(pool, damage, message, name):
     damage(pool.directory / name)
-    with pytest.raises(ExpertFileError, match=message) as caught:
+    with pytest.raises(TensorFileError, match=message) as caught:
         pool.verify()
     assert name in str(caught.value)
 
@@ -125,7 +126,7 @@ def test_an_expert_of_another_shape_is_named(pool, dense):
     tensors = expert_tensors(dense)
     name = next(iter(tensors))
     pool.add({**tensors, name: tensors[name][:-1]}, step=40, epoch=1.0, metrics={})
-    with pytest.raises(ExpertFileError, match="step_0000040") as caught:
+    with pytest.raises(TensorFileError, match="step_0000040") as caught:
         pool.verify()
     assert name in str(caught.value)
 
@@ -135,7 +136,7 @@ def test_weights_that_are_no_numbers_are_refused_and_leave_the_pool_as_it_was(po
     tensors = expert_tensors(dense)
     name = list(tensors)[-1]
     tensors[name][0, 0] = value
-    with pytest.raises(ExpertFileError, match="NaN or infinity") as caught:
+    with pytest.raises(TensorFileError, match="NaN or infinity") as caught:
         pool.add(tensors, step=40, epoch=1.0, metrics={})
     assert "step_0000040" in str(caught.value)
     assert name in str(caught.value)
@@ -169,7 +170,7 @@ def test_a_crash_while_writing_leaves_no_half_file(pool, dense):
 def test_tensors_that_differ_from_their_specs_are_refused(tmp_path):
     specs = {"a": (torch.float32, (2,))}
     for name, tensor in (("b", torch.zeros(2)), ("a", torch.zeros(3)), ("a", torch.zeros(2).bfloat16())):
-        with pytest.raises(ExpertFileError, match=r"e\.safetensors"):
+        with pytest.raises(TensorFileError, match=r"e\.safetensors"):
             write_expert(tmp_path / "e.safetensors", [(name, tensor)], specs)
     with pytest.raises(ValueError, match="zip"):
         write_expert(tmp_path / "e.safetensors", [], specs)
@@ -177,6 +178,6 @@ def test_tensors_that_differ_from_their_specs_are_refused(tmp_path):
 
 
 def test_a_folder_without_a_manifest_is_named(tmp_path):
-    with pytest.raises(ExpertFileError, match=r"manifest\.json is missing") as caught:
+    with pytest.raises(TensorFileError, match=r"manifest\.json is missing") as caught:
         Pool.load(tmp_path / "nowhere")
     assert "nowhere" in str(caught.value)
