@@ -77,7 +77,8 @@ def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int,
         one_P = torch.empty(raw.numel(), dtype=torch.float32)
 
         def delta(expert: Expert, room_P: Tensor) -> Tensor:
-            return room_P.copy_(expert.read(name, out=raw).flatten()).sub_(origin_P)
+            room = raw if expert.tensors[name].dtype == raw.dtype else None  # of checkpoints from elsewhere
+            return room_P.copy_(expert.read(name, out=room).flatten()).sub_(origin_P)
 
         for expert, room_P in zip(experts[first:], recent_NP, strict=True):
             delta(expert, room_P)

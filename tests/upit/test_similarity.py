@@ -56,3 +56,11 @@ def test_the_base_is_similar_to_nothing_but_itself(pool):
     experts = [pool.base, *pool.experts]
     found = Cosine().matrix(Cosine().products(experts, len(experts), pool.base))
     assert found[0].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_experts_may_differ_in_dtype(pool, tmp_path):
+    half = {name: pool.experts[2].read(name).bfloat16() for name in pool.base.shapes}
+    pool.add(half, step=3, epoch=0.75, metrics={})
+    vectors = np.stack([(flat(expert).double() - flat(pool.base).double()).numpy() for expert in pool.experts])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(matrix(Cosine(), pool), unit @ unit.T, atol=1e-5)
