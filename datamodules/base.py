@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from datamodules.chat import check_messages, check_template, encode
+from datamodules.files import read_json_lines
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
@@ -257,8 +258,6 @@ class ConversationDataModule(L.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader:
-        from datamodules.instruction import read_json_lines
-
         if self.predict_file is None:
             raise ValueError("data.predict_file is not set: name a JSONL file with `prompt` or `messages`")
         self.predict_set = read_json_lines(Path(self.predict_file), field="data.predict_file")

@@ -1,7 +1,5 @@
 """Instruction data from files or from a dataset's name."""
 
-import hashlib
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
 from datamodules.chat import check_messages
+from datamodules.files import file_digest, read_rows
 from upit.sources import content_key, load_tokenizer, template_text
 
 
@@ -75,9 +74,9 @@ class InstructionDataModule(ConversationDataModule):
     @override
     def source_key(self) -> dict[str, Any]:
         return {
-            "train_files": {name: _file_digest(Path(name), "data.train_files") for name in self.train_files or []},
+            "train_files": {name: file_digest(Path(name), "data.train_files") for name in self.train_files or []},
             "heldout_files": {
-                name: _file_digest(Path(name), "data.heldout_files") for name in self.heldout_files or []
+                name: file_digest(Path(name), "data.heldout_files") for name in self.heldout_files or []
             },
             "dataset": [content_key(self.dataset), self.split],
             "heldout": [self.heldout_files, self.heldout_fraction, self.seed],
@@ -96,9 +95,9 @@ class InstructionDataModule(ConversationDataModule):
         if self.dataset is not None:
             train = self._rows(load_dataset(self.dataset, split=self.split), self.dataset, self.dataset.split("/")[-1])
         else:
-            train = self._file_rows(self.train_files or [])
+            train = self._file_rows(self.train_files or [], "data.train_files")
         if self.heldout_files is not None:
-            return train, self._file_rows(self.heldout_files)
+            return train, self._file_rows(self.heldout_files, "data.heldout_files")
         return self._split(train)
 
     def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -111,10 +110,10 @@ class InstructionDataModule(ConversationDataModule):
         train = [row for i, row in enumerate(rows) if i not in heldout]
         return train, [rows[i] for i in sorted(heldout)]
 
-    def _file_rows(self, files: list[str]) -> list[Row]:
+    def _file_rows(self, files: list[str], field: str) -> list[Row]:
         rows: list[Row] = []
         for name in files:
-            rows += self._rows(read_rows(Path(name)), name, Path(name).stem)
+            rows += self._rows(read_rows(Path(name), field=field), name, Path(name).stem)
         return rows
 
     def _rows(self, records: Iterable[dict[str, Any]], source: str, domain: str) -> list[Row]:
@@ -152,55 +151,3 @@ class InstructionDataModule(ConversationDataModule):
                 "set data.messages_column, data.domain_column, or data.prompt_column and data.response_column"
             )
         return record[column]
-
-
-def read_rows(path: Path, *, field: str = "data.train_files") -> list[dict[str, Any]]:
-    """Records of a JSONL, JSON or parquet file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file, an empty one, or a broken line (named).
-    """
-    _check_file(path, field)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{field}: {path} is no parquet file: {error}") from None
-    if path.suffix == ".jsonl":
-        return read_json_lines(path, field=field)
-    if path.suffix == ".json":
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
-    raise ValueError(f"{field}: {path} is none of .jsonl, .json, .parquet")
-
-
-def read_json_lines(path: Path, *, field: str) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a broken line is named by its number."""
-    _check_file(path, field)
-    rows = []
-    for number, line in enumerate(path.read_text().split("\n"), 1):  # splitlines would split inside strings too
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: broken JSON line: {error.msg}") from None
-    return rows
-
-
-def _check_file(path: Path, field: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{field}: {path} does not exist")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{field}: {path} is empty")
-
-
-def _file_digest(path: Path, field: str) -> str:
-    _check_file(path, field)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

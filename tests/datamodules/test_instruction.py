@@ -301,6 +301,8 @@ def test_missing_empty_and_unknown_files_are_named(make_instruction, tmp_path):
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"table\.csv is none of .jsonl, .json, .parquet"):
         make_instruction(train_files=[str(tmp_path / "table.csv")]).prepare_data()
+    with pytest.raises(ValueError, match=r"^data\.heldout_files: .*table\.csv is none of"):
+        make_instruction(train_files=[as_jsonl(tmp_path)], heldout_files=[str(tmp_path / "table.csv")]).prepare_data()
 
 
 @pytest.mark.parametrize(
