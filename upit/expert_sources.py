@@ -243,13 +243,13 @@ class Checkpoints(ExpertSource):
 
 
 def directories(patterns: Iterable[str], *, field: str) -> list[Path]:
-    """The paths that patterns with wildcards match, in order.
+    """The paths that patterns with wildcards match, in order; one that is there as it is written stands for itself.
 
     Raises: ValueError: one matches nothing; names the field.
     """
     found: list[Path] = []
     for pattern in patterns:
-        matches = sorted(glob(pattern))
+        matches = [pattern] if Path(pattern).exists() else sorted(glob(pattern))
         if not matches:
             raise ValueError(f"{field}: nothing is at {pattern!r}")
         found += map(Path, matches)

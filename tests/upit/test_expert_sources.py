@@ -122,6 +122,11 @@ def test_checkpoints_from_directories_and_pools(tmp_path):
     assert Checkpoints([str(model)]).whole
 
 
+def test_a_path_that_is_there_may_hold_a_wildcard_s_letters(tmp_path):
+    make_pool(tmp_path / "run[1]", 2)
+    assert Checkpoints([str(tmp_path / "run[1]")]).count(0, 8) == 2
+
+
 def test_checkpoints_of_another_shape_are_named(tmp_path):
     make_pool(tmp_path / "pool", 1)
     model = tmp_path / "model"
