@@ -26,8 +26,6 @@ class RouterInit(Strategy):
     Row i of a layer's weight is expert i's. ``D`` layers, ``E`` experts, ``H`` hidden.
     """
 
-    needs_seeds = True
-
     @property
     def trains_experts(self) -> bool:
         """Whether the experts are trained along with the router."""
@@ -54,7 +52,7 @@ class RouterInit(Strategy):
 
         Args:
             dense: model in evaluation mode; its FFN is overwritten.
-            seeds: scored and assigned seed data; None will do where ``needs_seeds`` is False.
+            seeds: scored and assigned seed data.
             data: data module, for ``train_set`` and ``tokenizer``.
             directory: for what is worth keeping of an interrupted initialisation.
             track: wraps the work, for a progress bar.
@@ -64,8 +62,6 @@ class RouterInit(Strategy):
 
 class WithoutData(RouterInit):
     """An initialisation that needs nothing but the dense model's config."""
-
-    needs_seeds = False
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
         return list(experts), self.weights(dense.config, len(experts), seed=seed)
