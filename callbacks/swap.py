@@ -8,7 +8,7 @@ from callbacks.pictures import Pictures, bar, run_of
 from callbacks.protocol import UpcyclingModule
 from callbacks.scalars import log_now
 from upit.distributed import rank
-from upit.pilot import domain_losses
+from upit.evaluation import domain_losses
 
 
 class SwapPicture(Pictures):

@@ -18,7 +18,7 @@ from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import adamw
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
-from upit.evaluation import Scores, evaluate, greedy_answers, summed_losses, summed_matches
+from upit.evaluation import Scores, evaluate, greedy_answers, summed_answers, summed_losses
 from upit.examples import IGNORE, Batch
 from upit.forward import response_losses
 from upit.metrics import WeightedMeans
@@ -246,9 +246,10 @@ class CausalLMModule(L.LightningModule):
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         data = self.trainer.datamodule
-        sums_C, counts_C = summed_losses(self.lm, batch, data)
-        right_C, asked_C = summed_matches(self.lm, batch, data, max_new_tokens=self.active.max_new_tokens)
-        self.heldout.update(torch.cat([sums_C, right_C]), torch.cat([counts_C, asked_C]))
+        losses_2C = torch.stack(summed_losses(self.lm, batch, data))
+        indices = batch["example_ids"][:, 0].tolist()
+        answers = summed_answers(self.lm, indices, data, max_new_tokens=self.active.max_new_tokens)
+        self.heldout.update(*torch.cat([losses_2C, torch.stack(answers).to(losses_2C)], dim=1))
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -267,17 +268,8 @@ class CausalLMModule(L.LightningModule):
 
     def score(self, track=lambda batches: batches) -> Scores:
         """Held-out loss and exact match per domain; see :func:`upit.evaluation.evaluate`."""
-        data = self.trainer.datamodule
-        return evaluate(
-            self.lm,
-            data.tokenizer,
-            data.heldout_set,
-            data.verify,
-            max_new_tokens=self.active.max_new_tokens,
-            max_tokens=data.eval_batch_tokens,
-            autocast=self.autocast,
-            track=track,
-        )
+        most = self.active.max_new_tokens
+        return evaluate(self.lm, self.trainer.datamodule, max_new_tokens=most, autocast=self.autocast, track=track)
 
     # --- optimisation --------------------------------------------------------------------------------
 

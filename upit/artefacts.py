@@ -14,6 +14,7 @@ from upit.files import read_json, write_json
 from upit.strategy import Strategy
 
 EVENTS = ("upcycling", "growth")  # each has a folder
+MEASURE = "upcycling.similarity"  # in the settings
 
 
 class Run:
@@ -44,6 +45,15 @@ class Run:
     def similarity(self) -> list[list[float]] | None:
         """How alike the experts of now were when the youngest was made, by the run's own measure."""
         return self._read("growth/similarity.json") or self._read("upcycling/similarity.json")
+
+    @property
+    def measure(self) -> dict[str, Any]:
+        """What that similarity is: a strategy's description. Runs of before lineages named it have it in settings."""
+        if self.lineage and "measure" in self.lineage[-1]:
+            return self.lineage[-1]["measure"]
+        name, arguments = self.settings.get(MEASURE), f"{MEASURE}."
+        about = {key.removeprefix(arguments): self.settings[key] for key in self.settings if key.startswith(arguments)}
+        return {"name": "measure not recorded" if name in (None, "None") else name, **about}
 
     @cached_property
     def seeds(self) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Held-out evaluation: response loss and exact match of greedy answers, per domain."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from upit.distributed import all_sum, own_share, world_size
+from upit.distributed import own_share, world_size
 from upit.examples import PADDING, Batch, Example, collate, length_grouped
 from upit.forward import response_logits, response_losses
 from upit.losses import grouped_losses
-from upit.scoring import Autocast, score_examples, to_device
+from upit.metrics import WeightedMeans
+from upit.scoring import Autocast, to_device
 
-Verify = Callable[[Mapping[str, Any], str], bool]
 Scores = dict[str, Any]
 Track = Callable[[Iterable], Iterable]
 
@@ -57,6 +57,12 @@ def answer_budget(example: Example, *, margin: int = 16) -> int:
     return (len(example["input_ids"]) - example["prompt_length"]) * 3 // 2 + margin
 
 
+def heldout_batch(model: PreTrainedModel, data, indices: Sequence[int]) -> Batch:
+    """Held-out examples as a batch, one a row, on the model's device."""
+    batch = collate([[i] for i in indices], data.heldout_set, pad_id=data.tokenizer.pad_token_id)
+    return to_device(batch, next(model.parameters()).device)
+
+
 def summed_losses(model: PreTrainedModel, batch: Batch, data) -> tuple[Tensor, Tensor]:
     """Summed response loss and number of response tokens of each domain in a held-out batch, two float32 (C,)."""
     losses_L, targets_L, ids_L = response_losses(model, batch)
@@ -65,83 +71,95 @@ def summed_losses(model: PreTrainedModel, batch: Batch, data) -> tuple[Tensor, T
     return grouped_losses(losses_L=losses_L, targets_L=targets_L, groups_L=groups_L, num_groups=len(data.domains))
 
 
-def summed_matches(
-    model: PreTrainedModel, batch: Batch, data, *, max_new_tokens: int | None = None
+def summed_answers(
+    model: PreTrainedModel, indices: Sequence[int], data, *, max_new_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Right greedy answers and questions of each domain in a held-out batch, two float32 (C,); padding is neither.
+    """Number of right answers and of questions of each domain among held-out examples, two float32 (C,).
 
     Args:
+        indices: into ``data.heldout_set``; ``PADDING`` is answered too, so that the ranks keep step, and not counted.
         max_new_tokens: of an answer; default :func:`answer_budget`.
     """
-    ids_B = batch["example_ids"][:, 0].tolist()
-    rows = [data.heldout_set[max(0, i)] for i in ids_B]
+    rows = [data.heldout_set[max(0, i)] for i in indices]
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     budgets = [max_new_tokens or answer_budget(row) for row in rows]
     answers = greedy_answers(model, data.tokenizer, prompts, max_new_tokens=budgets)
-    sums_2C = torch.zeros(2, len(data.domains), dtype=torch.float32)
-    for i, row, answer in zip(ids_B, rows, answers, strict=True):
+    right_C, asked_C = torch.zeros(2, len(data.domains), dtype=torch.float32).unbind()
+    for i, row, answer in zip(indices, rows, answers, strict=True):
         if i != PADDING:
-            sums_2C[:, data.domains.index(row["domain"])] += torch.tensor([data.verify(row, answer), 1.0])
-    right_C, asked_C = sums_2C.to(batch["input_ids"].device)
+            domain = data.domains.index(row["domain"])
+            right_C[domain] += data.verify(row, answer)  # the task's own verifier
+            asked_C[domain] += 1
     return right_C, asked_C
 
 
 @torch.no_grad()
-def evaluate(
+def domain_losses(
+    model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
+) -> dict[str, float]:
+    """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
+    was_training = model.training
+    model.eval()
+    lengths = [len(row["input_ids"]) for row in data.heldout_set]
+    groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
+    means = WeightedMeans(data.domains).to(next(model.parameters()).device)
+    for group, counts in track(own_share(groups)):
+        with autocast():
+            sums_C, tokens_C = summed_losses(model, heldout_batch(model, data, group), data)
+        means.update(sums_C * counts, tokens_C * counts)
+    model.train(was_training)
+    return {name: float(mean) for name, mean in means.compute().items()}
+
+
+@torch.no_grad()
+def domain_exact_match(
     model: PreTrainedModel,
-    tokenizer,
-    dataset: Sequence[Example],
-    verify: Verify,
+    data,
     *,
     max_new_tokens: int | None = None,
-    max_tokens: int = 8192,
     autocast: Autocast = nullcontext,
-    track: Callable[[Iterable], Iterable] = lambda batches: batches,
-) -> Scores:
-    """Loss and exact match on held-out examples; the ranks share the work.
+    track: Track = lambda batches: batches,
+) -> dict[str, float]:
+    """Share of each domain's held-out questions that greedy answers get right; the ranks share the work.
 
     Args:
-        verify: says whether a completion answers an example (the task's own verifier).
         max_new_tokens: of an answer; default :func:`answer_budget`.
-        max_tokens: of a batch, with padding and answers.
-    Returns: ``{"domains": {name: {"loss", "exact_match"}}, "average": {"loss", "exact_match"}}``. A domain's loss
-        is in nats, the mean over its response tokens; exact match lies in 0..1; the average weighs domains alike.
     """
     was_training = model.training
     model.eval()
-    rows = [dataset[i] for i in range(len(dataset))]
-    indices = list(range(len(rows)))
-    loss_S, tokens_S = score_examples(
-        model, indices, rows, pad_id=tokenizer.pad_token_id, max_tokens=max_tokens, autocast=autocast, track=track
-    )
-    budgets = [max_new_tokens or answer_budget(row) for row in rows]
-    right_S = torch.zeros(len(rows), dtype=torch.float64, device=next(model.parameters()).device)
-    lengths = [row["prompt_length"] + budget for row, budget in zip(rows, budgets, strict=True)]
-    groups = length_grouped(indices, lengths, max_tokens=max_tokens)
+    lengths = [row["prompt_length"] + (max_new_tokens or answer_budget(row)) for row in data.heldout_set]
+    groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
+    device = next(model.parameters()).device
+    means = WeightedMeans(data.domains).to(device)
     for group, counts in track(own_share(groups)):
-        prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in group]
         with autocast():
-            answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=[budgets[i] for i in group])
-        if counts:
-            for i, answer in zip(group, answers, strict=True):
-                right_S[i] = float(verify(rows[i], answer))
-    all_sum(right_S)
+            answered = summed_answers(model, group, data, max_new_tokens=max_new_tokens)
+        means.update(*(values_C.to(device) * counts for values_C in answered))
     model.train(was_training)
-    return summarise([row["domain"] for row in rows], loss_S.tolist(), tokens_S.tolist(), right_S.tolist())
+    return {name: float(mean) for name, mean in means.compute().items()}
 
 
-def summarise(
-    domains: Sequence[str], losses: Sequence[float], tokens: Sequence[float], right: Sequence[float]
+def evaluate(
+    model: PreTrainedModel,
+    data,
+    *,
+    max_new_tokens: int | None = None,
+    autocast: Autocast = nullcontext,
+    track: Track = lambda batches: batches,
 ) -> Scores:
-    """Scores per domain and their average, from one entry per example; see :func:`evaluate`."""
-    scores = {}
-    for name in sorted(set(domains)):
-        own = [i for i, domain in enumerate(domains) if domain == name]
-        scores[name] = {
-            "loss": sum(losses[i] for i in own) / max(1.0, sum(tokens[i] for i in own)),
-            "exact_match": sum(right[i] for i in own) / len(own),
-        }
-    average = {key: sum(s[key] for s in scores.values()) / len(scores) for key in ("loss", "exact_match")}
+    """Loss and exact match on held-out examples.
+
+    Args:
+        data: data module, for ``heldout_set``, ``domains``, ``tokenizer``, ``verify`` and ``eval_batch_tokens``.
+        max_new_tokens: of an answer; default :func:`answer_budget`.
+        track: wraps the batches, for a progress bar.
+    Returns: ``{"domains": {name: {"loss", "exact_match"}}, "average": {"loss", "exact_match"}}``. A domain's loss
+        is in nats, the mean over its response tokens; exact match lies in 0..1; the average weighs domains alike.
+    """
+    losses = domain_losses(model, data, autocast=autocast, track=track)
+    right = domain_exact_match(model, data, max_new_tokens=max_new_tokens, autocast=autocast, track=track)
+    scores = {name: {"loss": losses[name], "exact_match": right[name]} for name in data.domains}
+    average = {key: sum(own[key] for own in scores.values()) / len(scores) for key in ("loss", "exact_match")}
     return {"domains": scores, "average": average}
 
 
@@ -158,14 +176,12 @@ def reference_logits(
 
     Every rank computes all of them.
     """
-    device = next(model.parameters()).device
     indices = list(range(min(num_examples, len(data.heldout_set))))
     lengths = {i: len(data.heldout_set[i]["input_ids"]) for i in indices}
     logits = []
     for group in track(length_grouped(indices, lengths, max_tokens=4096)):
-        batch = collate([[i] for i in group], data.heldout_set, pad_id=data.tokenizer.pad_token_id)
         with autocast():
-            logits_LV, _, _ = response_logits(model, to_device(batch, device))
+            logits_LV, _, _ = response_logits(model, heldout_batch(model, data, group))
         logits.append(logits_LV.to("cpu", torch.float32))
     return logits
 

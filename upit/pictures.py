@@ -43,8 +43,7 @@ def _distance(run: Run) -> Figure | None:
 def _similarity(run: Run) -> Figure | None:
     if run.similarity is None or run.lineage is None:
         return None
-    measure = run.lineage[-1].get("measure", {"name": "measure not recorded"})
-    return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage], in_words(measure))
+    return similarity_figure(run.similarity, [short_name(entry) for entry in run.lineage], in_words(run.measure))
 
 
 def _lineage(run: Run) -> Figure | None:

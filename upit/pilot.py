@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from upit.evaluation import evaluate
+from upit.evaluation import domain_losses, evaluate
 from upit.families import is_expert
 from upit.merging import task_vector
 from upit.pool import Expert
-from upit.scoring import Autocast, load_expert, score_examples
+from upit.scoring import Autocast, load_expert
 from upit.sharding import local
 
 Track = Callable[[Iterable], Iterable]
@@ -32,7 +32,7 @@ def score_checkpoints(
 
     Args:
         dense: its FFN is overwritten in turn and then restored.
-        data: data module, for ``heldout_set``, ``tokenizer`` and ``verify``.
+        data: see :func:`upit.evaluation.evaluate`.
         exact_match: generate the answers too; takes much longer than the loss.
     Returns: one ``{"step", "epoch", "domains": {name: {"loss"[, "exact_match"]}}}`` a checkpoint.
     """
@@ -41,43 +41,13 @@ def score_checkpoints(
         for expert in track(pool):
             load_expert(dense, expert)
             if exact_match:
-                domains = evaluate(
-                    dense,
-                    data.tokenizer,
-                    data.heldout_set,
-                    data.verify,
-                    max_tokens=data.eval_batch_tokens,
-                    autocast=autocast,
-                )["domains"]
+                domains = evaluate(dense, data, autocast=autocast)["domains"]
             else:
                 domains = {
                     name: {"loss": loss} for name, loss in domain_losses(dense, data, autocast=autocast).items()
                 }
             scored.append({"step": expert.step, "epoch": expert.epoch, "domains": domains})
     return scored
-
-
-def domain_losses(
-    model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
-) -> dict[str, float]:
-    """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
-    rows, was_training = data.heldout_set, model.training
-    model.eval()
-    loss_S, tokens_S = score_examples(
-        model,
-        range(len(rows)),
-        rows,
-        pad_id=data.tokenizer.pad_token_id,
-        max_tokens=data.eval_batch_tokens,
-        autocast=autocast,
-        track=track,
-    )
-    model.train(was_training)
-    losses = {}
-    for name in data.domains:
-        own_S = torch.tensor([row["domain"] == name for row in rows])
-        losses[name] = float(loss_S[own_S].sum() / tokens_S[own_S].sum().clamp(min=1))
-    return losses
 
 
 @contextmanager

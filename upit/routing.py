@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.distributed import own_share
-from upit.examples import Batch, collate, length_grouped
+from upit.evaluation import heldout_batch
+from upit.examples import length_grouped
 from upit.forward import moe_routers, response_logits
 from upit.metrics import DomainRouting
-from upit.scoring import Autocast, to_device
+from upit.scoring import Autocast
 
 SHOWN_TOKENS, SHOWN_DOMAINS = 80, 6  # in the token view: of an example, of all; ours
 
@@ -45,7 +46,7 @@ def count_heldout(
     lengths = [len(row["input_ids"]) for row in data.heldout_set]
     groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
     for group, counts in track(own_share(groups)):
-        batch = _batch(model, data, group)
+        batch = heldout_batch(model, data, group)
         with autocast():
             response_logits(model, batch)
         if counts:
@@ -61,7 +62,7 @@ def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext
     """
     first = {row["domain"]: i for i, row in reversed(list(enumerate(data.heldout_set)))}
     domains = data.domains[:SHOWN_DOMAINS]
-    batch = _batch(model, data, [first[domain] for domain in domains])
+    batch = heldout_batch(model, data, [first[domain] for domain in domains])
     with autocast():
         response_logits(model, batch)
     choices = expert_choices(model)
@@ -79,8 +80,3 @@ def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext
             }
         )
     return {"layers": layers, "examples": examples}
-
-
-def _batch(model: PreTrainedModel, data, indices: list[int]) -> Batch:
-    batch = collate([[i] for i in indices], data.heldout_set, pad_id=data.tokenizer.pad_token_id)
-    return to_device(batch, next(model.parameters()).device)

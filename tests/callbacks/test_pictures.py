@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -38,9 +39,20 @@ def events(pictured) -> EventAccumulator:
 
 def test_scalars_are_grouped_and_few(events):
     tags = events.Tags()["scalars"]
-    assert len(tags) <= 100
+    assert len(tags) == 27 + 2 * 2, "two a domain; the quickstart has 5, and 2 more tags of LearningRateMonitor"
     assert {tag.split("/")[0] for tag in tags} - {"epoch", "lr-AdamW"} <= GROUPS
     assert {"harvest/specialist_gain_loss", "router/mutual_information", "moe/phase", "eval/final/loss"} <= set(tags)
+
+
+def test_every_tag_is_documented(events):
+    text = (Path(__file__).parents[2] / "docs/tensorboard.md").read_text()
+    table = text.split("## Scalars")[1].split("## What it costs")[0]
+    names = re.findall("`([^`]+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("|")))
+    known = re.compile("|".join(re.sub("<[a-z]+>", "[^/]+", name) for name in names))
+    assert [tag for tag in events.Tags()["scalars"] if not known.fullmatch(tag)] == []
+    for tag in PICTURES:
+        assert f"### `{tag}`" in text
+        assert (Path(__file__).parents[2] / f"docs/images/{tag.replace('/', '_')}.png").exists()
 
 
 def test_every_picture_is_there_and_is_one(events):

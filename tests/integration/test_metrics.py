@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_modules import DenseModule
 from tests.conftest import TINY, tiny_data
 from upit.artefacts import Run
+from upit.evaluation import domain_exact_match
 
 EVERY, STEPS = 3, 7
 COLLECTIVES = ("barrier", "all_gather", "all_reduce")
@@ -64,7 +65,9 @@ def run(folder: str, cache: str, **strategy) -> None:
     )  # fmt: skip
     scores = trainer.validate(module, datamodule=data, verbose=False)[0]
     trainer.fit(module, datamodule=data)
-    found = {"scores": scores, "seen": module.seen, "collectives": module.collectives}
+    data.verify = lambda row, _: sum(row["input_ids"]) % 3 == 0  # some of each domain, whatever the answers
+    right = domain_exact_match(module.lm, data, max_new_tokens=2)
+    found = {"scores": scores, "seen": module.seen, "collectives": module.collectives, "right": right}
     Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
@@ -100,9 +103,11 @@ def test_ranks_exchange_metrics_at_logged_steps_only(two):
 
 
 @pytest.mark.slow
-def test_held_out_losses_equal_those_of_one_process(two, tmp_path, cache):
+def test_held_out_scores_equal_those_of_one_process(two, tmp_path, cache):
     run(str(tmp_path), str(cache), devices=1)
-    one = json.loads((tmp_path / "rank0.json").read_text())["scores"]
-    assert set(one) == {"val/loss", "val/loss/letters", "val/loss/arithmetic", "dense/val_loss"}
+    one = json.loads((tmp_path / "rank0.json").read_text())
+    assert set(one["scores"]) == {"val/loss", "val/loss/letters", "val/loss/arithmetic", "dense/val_loss"}
+    assert all(0 < right < 1 for right in one["right"].values())
     for rank in two[1]:
-        assert rank["scores"] == pytest.approx(one, rel=1e-6)
+        assert rank["scores"] == pytest.approx(one["scores"], rel=1e-6)
+        assert rank["right"] == pytest.approx(one["right"])

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from tests.conftest import TINY
-from upit.evaluation import answer_budget, drift, evaluate, greedy_answers, reference_logits, summarise
+from upit.evaluation import (
+    answer_budget,
+    domain_exact_match,
+    drift,
+    evaluate,
+    greedy_answers,
+    reference_logits,
+    summed_answers,
+)
 from upit.models import build, scratch_config
 
 
@@ -54,11 +62,11 @@ def test_the_budget_grows_with_the_reference():
 
 
 @pytest.mark.parametrize("max_tokens", [64, 8192])
-def test_scores_per_domain(model, data, max_tokens):
+def test_scores_per_domain(model, data, monkeypatch, max_tokens):
     """The verifier decides; the loss is the mean over a domain's response tokens, whatever the batches."""
-    scores = evaluate(
-        model, data.tokenizer, data.heldout_set, lambda row, _: row["domain"] == "letters", max_tokens=max_tokens
-    )
+    monkeypatch.setattr(data, "verify", lambda row, _: row["domain"] == "letters")
+    monkeypatch.setattr(data, "eval_batch_tokens", max_tokens)
+    scores = evaluate(model, data)
     assert scores["domains"]["letters"]["exact_match"] == 1.0
     assert scores["domains"]["arithmetic"]["exact_match"] == 0.0
     assert scores["average"]["exact_match"] == 0.5
@@ -72,12 +80,15 @@ def test_scores_per_domain(model, data, max_tokens):
                 total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
                 tokens += int((labels[1:] != -100).sum())
         assert scores["domains"][domain]["loss"] == pytest.approx(total / tokens, rel=1e-4)
+    losses = [own["loss"] for own in scores["domains"].values()]
+    assert scores["average"]["loss"] == pytest.approx(sum(losses) / 2), "the average weighs domains alike"
 
 
-def test_evaluation_hands_the_answers_to_the_verifier_and_restores_the_mode(model, data):
+def test_evaluation_hands_the_answers_to_the_verifier_and_restores_the_mode(model, data, monkeypatch):
     seen = {}
+    monkeypatch.setattr(data, "verify", lambda row, answer: seen.setdefault(row["id"], answer) == "")
     model.train()
-    evaluate(model, data.tokenizer, data.heldout_set, lambda row, answer: seen.setdefault(row["id"], answer) == "")
+    evaluate(model, data)
     assert model.training
     assert len(seen) == len(data.heldout_set)
     model.eval()
@@ -86,11 +97,17 @@ def test_evaluation_hands_the_answers_to_the_verifier_and_restores_the_mode(mode
     assert seen[row["id"]] == alone
 
 
-def test_the_average_weighs_domains_alike():
-    scores = summarise(["a", "b", "b", "b"], [8.0, 3.0, 3.0, 0.0], [4, 3, 2, 1], [1.0, 0.0, 0.0, 1.0])
-    assert scores["domains"]["a"] == {"loss": 2.0, "exact_match": 1.0}
-    assert scores["domains"]["b"] == {"loss": 1.0, "exact_match": pytest.approx(1 / 3)}
-    assert scores["average"] == {"loss": 1.5, "exact_match": pytest.approx(2 / 3)}
+def test_exact_match_is_the_share_of_a_domains_questions(model, data, monkeypatch):
+    own = [row["id"] for row in data.heldout_set if row["domain"] == "letters"]
+    monkeypatch.setattr(data, "verify", lambda row, _: row["id"] in own[:3])
+    right = domain_exact_match(model, data, max_new_tokens=1)
+    assert right == {"arithmetic": 0.0, "letters": pytest.approx(3 / len(own))}
+
+
+def test_padding_is_answered_but_not_counted(model, data, monkeypatch):
+    monkeypatch.setattr(data, "verify", lambda row, _: True)
+    right_C, asked_C = summed_answers(model, [0, -1], data, max_new_tokens=1)
+    assert right_C.sum() == asked_C.sum() == 1
 
 
 def test_drift_is_zero_without_a_change_and_the_mean_kl_with_one(model, data):

@@ -140,5 +140,12 @@ def test_generations_do_not_overlap():
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
+def test_one_generation_is_one_tick():
+    axes = lineage_figure(lineage_of(4)).axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
+    assert axes.get_title("left") == "experts: none was merged"
+
+
 def test_ink_reads_on_its_colour():
     assert (ink("#000000"), ink("#F0E442")) == ("white", "black")

@@ -5,16 +5,22 @@ import pytest
 from upit.artefacts import Run
 from upit.pictures import draw
 
+MEASURED = {"measure": {"name": "Cosine", "against": "base"}}
+SETTINGS = {"upcycling.similarity": "Euclidean", "upcycling.similarity.against": "raw"}
+
 
 @pytest.mark.parametrize(
-    ("about", "label"),
+    ("about", "settings", "label"),
     [
-        ({"measure": {"name": "Cosine", "against": "base"}}, "similarity: Cosine (against base)"),
-        ({}, "similarity: measure not recorded"),  # of an older run
+        (MEASURED, SETTINGS, "similarity: Cosine (against base)"),
+        ({}, SETTINGS, "similarity: Euclidean (against raw)"),  # of an older run
+        ({}, {"upcycling.similarity": "None"}, "similarity: measure not recorded"),  # of one without HParams
+        ({}, {}, "similarity: measure not recorded"),
     ],
 )
-def test_similarity_names_its_measure_where_nothing_was_merged(tmp_path, about, label):
+def test_similarity_names_its_measure_where_nothing_was_merged(tmp_path, about, settings, label):
     run = Run(tmp_path)
+    run.save("settings.json", settings)
     run.save("upcycling/similarity.json", [[1.0, 0.5], [0.5, 1.0]])
     lineage = [{"expert": i, "kind": "harvested", "step": i + 1, "epoch": 0.5, **about} for i in range(2)]
     run.save("upcycling/lineage.json", lineage)

@@ -60,10 +60,11 @@ def lineage_figure(lineage: Sequence[Entry]) -> Figure:
         axes.axhline(y, color="0.92", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.4, max(depth) + 0.4)
     axes.set_ylim(len(lineage) - 0.4, -0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(14, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(14, integer=True, min_n_ticks=1))
     axes.set_yticks([])
     axes.set_xlabel("generation")
-    axes.set_title("experts: arrows from parents, blue alpha, orange beta", fontsize=9, loc="left")
+    legend = "arrows from parents, blue alpha, orange beta" if any(depth) else "none was merged"
+    axes.set_title(f"experts: {legend}", fontsize=9, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 

@@ -101,7 +101,7 @@ def time_figure(snapshots: Sequence[Mapping[str, Any]]) -> Figure:
     information.set_ylabel("mutual information (bits)")
     information.set_ylim(bottom=0)
     numbers = [int(dead_experts(c).sum()) for c in counts]
-    dead.plot(steps, numbers, marker="o", color=blue)
+    dead.plot(steps, numbers, marker="o", color=blue, clip_on=False)
     dead.set_ylabel(f"dead experts (of {counts[-1].shape[0] * num_experts})")
     dead.set_ylim(0, max(4, 1.1 * max(numbers)))
     dead.yaxis.get_major_locator().set_params(integer=True)

@@ -46,5 +46,6 @@ def _bucket_bars(axes, wish_S: np.ndarray, owner_S: np.ndarray, num_experts: int
         sizes = np.bincount(values, minlength=num_experts)
         axes.barh(rows + shift, sizes, height=0.38, color=colour)
     axes.set_title("examples that prefer it (orange)\nand that it got (blue)", fontsize=9)
+    axes.set_xlabel("seed examples")
     axes.tick_params(axis="x", labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)
