@@ -33,7 +33,7 @@ from upit.seed_data import LowestPerplexity
 
 SHAPES = {
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4},
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 EXPERTS = 8
 
@@ -67,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     cuda = options.device == "cuda"
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[options.shape], num_key_value_heads=1, vocab_size=49152 if cuda else 4096)
+    config = LlamaConfig(**SHAPES[options.shape], num_key_value_heads=1, vocab_size=49152 if cuda else 1024)
     dense = build(config).to(options.device).eval()
     data = seed_data(options.examples, config.vocab_size)
     indices = list(range(options.examples))
