@@ -81,9 +81,7 @@ def model_of(variant: str, dense: LlamaConfig, num_experts: int):
 
 def loss_of(kind: str, model, batch: Batch) -> torch.Tensor:
     if kind == "stock":
-        fields = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
-        whole = torch.arange(LENGTH, device=DEVICE).expand_as(fields["position_ids"])
-        return model(**fields | {"position_ids": whole}, use_cache=False).loss
+        return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
     loss = response_losses(model, batch)[0].mean()
     if kind == "dense":
         return loss

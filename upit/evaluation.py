@@ -94,24 +94,46 @@ def summed_answers(
 
 
 @torch.no_grad()
-def domain_losses(
-    model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
+def _domain_means(
+    model: PreTrainedModel,
+    data,
+    lengths: Sequence[int],
+    sums_of: Callable[[list[int]], tuple[Tensor, Tensor]],
+    *,
+    autocast: Autocast,
+    track: Track,
 ) -> dict[str, float]:
-    """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
+    """Mean of each domain over the held-out examples; the ranks share the work.
+
+    Args:
+        lengths: tokens that each example takes in a batch.
+        sums_of: sums and counts of each domain for a batch of examples.
+    """
     was_training = model.training
     model.eval()
-    lengths = [len(row["input_ids"]) for row in data.heldout_set]
+    device = next(model.parameters()).device
+    means = WeightedMeans(data.domains).to(device)
     groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
-    means = WeightedMeans(data.domains).to(next(model.parameters()).device)
     for group, counts in track(own_share(groups)):
         with autocast():
-            sums_C, tokens_C = summed_losses(model, heldout_batch(model, data, group), data)
-        means.update(sums_C * counts, tokens_C * counts)
+            found = sums_of(group)
+        means.update(*(values_C.to(device) * counts for values_C in found))
     model.train(was_training)
     return {name: float(mean) for name, mean in means.compute().items()}
 
 
-@torch.no_grad()
+def domain_losses(
+    model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
+) -> dict[str, float]:
+    """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
+    lengths = [len(row["input_ids"]) for row in data.heldout_set]
+
+    def losses(group: list[int]) -> tuple[Tensor, Tensor]:
+        return summed_losses(model, heldout_batch(model, data, group), data)
+
+    return _domain_means(model, data, lengths, losses, autocast=autocast, track=track)
+
+
 def domain_exact_match(
     model: PreTrainedModel,
     data,
@@ -125,18 +147,12 @@ def domain_exact_match(
     Args:
         max_new_tokens: of an answer; default :func:`answer_budget`.
     """
-    was_training = model.training
-    model.eval()
     lengths = [row["prompt_length"] + (max_new_tokens or answer_budget(row)) for row in data.heldout_set]
-    groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
-    device = next(model.parameters()).device
-    means = WeightedMeans(data.domains).to(device)
-    for group, counts in track(own_share(groups)):
-        with autocast():
-            answered = summed_answers(model, group, data, max_new_tokens=max_new_tokens)
-        means.update(*(values_C.to(device) * counts for values_C in answered))
-    model.train(was_training)
-    return {name: float(mean) for name, mean in means.compute().items()}
+
+    def answers(group: list[int]) -> tuple[Tensor, Tensor]:
+        return summed_answers(model, group, data, max_new_tokens=max_new_tokens)
+
+    return _domain_means(model, data, lengths, answers, autocast=autocast, track=track)
 
 
 def evaluate(

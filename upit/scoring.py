@@ -7,7 +7,7 @@ ever built (Algorithm 3 of UpIT, arXiv:2410.01610).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Example, collate, length_grouped
 from upit.families import is_expert
 from upit.files import read_json, seeded, write_json
-from upit.forward import response_losses
+from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
 from upit.pool import Expert, write_expert
 from upit.seed_data import Assignment
@@ -110,6 +110,32 @@ def score_examples(
             sums += torch.stack([loss_S, tokens_S]).to(sums)
     all_sum(sums)
     return sums[0].cpu(), sums[1].cpu()
+
+
+@torch.no_grad()
+def ffn_inputs_by_example(
+    dense: PreTrainedModel,
+    indices: Sequence[int],
+    dataset: Sequence[Example],
+    *,
+    pad_id: int,
+    max_tokens: int = 8192,
+    autocast: Autocast = nullcontext,
+    track: Callable[[Iterable], Iterable] = lambda batches: batches,
+) -> Iterator[tuple[int, Tensor]]:
+    """What enters the FFN of each layer at each token of an example; a collective.
+
+    Args: as for :func:`score_examples`.
+    Yields: the index of an example of this rank's share, and its (D, N, H) hidden states.
+    """
+    device = next(dense.parameters()).device
+    lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
+    for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=max_tokens))):
+        batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
+        with autocast(), ffn_inputs_of(dense) as inputs:
+            response_states(dense, batch)
+        for row, index in enumerate(group if counts else []):
+            yield index, torch.stack([h_BTH[row, : lengths[index]] for h_BTH in inputs])
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

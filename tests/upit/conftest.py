@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.upit.tiny import SIZES
 from upit.examples import IGNORE
 from upit.families import is_expert
 from upit.models import build
@@ -18,20 +19,7 @@ def make_dense():
 
     def make(seed: int = 0, **fields):
         torch.manual_seed(seed)
-        settings = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "tie_word_embeddings": True,
-        }
+        settings = {**SIZES, "initializer_range": 0.2, "tie_word_embeddings": True}
         return build(LlamaConfig(**{**settings, **fields})).eval()
 
     return make

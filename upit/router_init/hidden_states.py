@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upit.distributed import all_sum, own_share
-from upit.examples import PADDING, collate, length_grouped
+from upit.distributed import all_sum
 from upit.families import is_expert
-from upit.forward import ffn_inputs_of, response_states
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, Seeds, to_device
+from upit.scoring import Autocast, Seeds, ffn_inputs_by_example
 from upit.sharding import local, local_slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BATCH_TOKENS = 8192  # with padding
 
 
 @torch.no_grad()
@@ -37,33 +33,16 @@ def load_mean(dense: PreTrainedModel, experts: Sequence[Expert]) -> None:
             local(param).copy_(torch.stack([expert.get_slice(name)[where].float() for expert in experts]).mean(0))
 
 
-@torch.no_grad()
 def _visit(
-    dense: PreTrainedModel,
-    seeds: Seeds,
-    data,
-    consume: Callable[[Sequence[Tensor], Tensor], None],
-    *,
-    autocast: Autocast,
-    track: Callable[[Iterable], Iterable],
-) -> None:
-    """Hand over the FFN inputs of the seed data, batch by batch, each rank its own share.
-
-    Args:
-        consume: takes one (N, H) float32 tensor a layer and the expert of each token, (N,).
-    """
-    device = next(dense.parameters()).device
+    dense: PreTrainedModel, seeds: Seeds, data, *, autocast: Autocast, track: Callable[[Iterable], Iterable]
+) -> Iterator[tuple[int, Tensor]]:
+    """The expert of each seed example of this rank's share, and what enters each FFN at its tokens, (D, N, H)."""
     owner = dict(zip(seeds.indices, seeds.expert_S.tolist(), strict=True))
-    lengths = {index: len(data.train_set[index]["input_ids"]) for index in seeds.indices}
-    for group, counts in track(own_share(length_grouped(seeds.indices, lengths, max_tokens=BATCH_TOKENS))):
-        batch = collate([[index] for index in group], data.train_set, pad_id=data.tokenizer.pad_token_id)
-        batch = to_device(batch, device)
-        with autocast(), ffn_inputs_of(dense) as inputs:
-            response_states(dense, batch)
-        if counts:
-            mask_BT = batch["example_ids"] != PADDING
-            owner_BT = torch.tensor([owner[index] for index in group], device=device)[:, None].expand_as(mask_BT)
-            consume([h_BTH[mask_BT].float() for h_BTH in inputs], owner_BT[mask_BT])
+    pad_id = data.tokenizer.pad_token_id
+    for index, states_DNH in ffn_inputs_by_example(
+        dense, seeds.indices, data.train_set, pad_id=pad_id, autocast=autocast, track=track
+    ):
+        yield owner[index], states_DNH
 
 
 class HiddenMean(RouterInit):
@@ -77,12 +56,8 @@ class HiddenMean(RouterInit):
         load_mean(dense, experts)
         shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
         sums_DEH = torch.zeros(shape, dtype=torch.float32, device=next(dense.parameters()).device)
-
-        def consume(inputs: Sequence[Tensor], expert_N: Tensor) -> None:
-            for sums_EH, h_NH in zip(sums_DEH, inputs, strict=True):
-                sums_EH.index_add_(0, expert_N, h_NH)
-
-        _visit(dense, seeds, data, consume, autocast=autocast, track=track)
+        for expert, states_DNH in _visit(dense, seeds, data, autocast=autocast, track=track):
+            sums_DEH[:, expert] += states_DNH.float().sum(1)
         return list(experts), F.normalize(all_sum(sums_DEH), dim=-1).cpu()
 
 
@@ -106,13 +81,10 @@ class Ridge(RouterInit):
         num_layers, hidden = dense.config.num_hidden_layers, dense.config.hidden_size
         shape = (num_layers, hidden, hidden + len(experts))  # X^T [X Y] of every layer
         products = torch.zeros(shape, dtype=torch.float64, device=next(dense.parameters()).device)
-
-        def consume(inputs: Sequence[Tensor], expert_N: Tensor) -> None:
-            targets_NE = F.one_hot(expert_N, len(experts)).double()
-            for own, h_NH in zip(products, inputs, strict=True):
-                own += h_NH.double().T @ torch.cat([h_NH.double(), targets_NE], dim=1)
-
-        _visit(dense, seeds, data, consume, autocast=autocast, track=track)
+        for expert, states_DNH in _visit(dense, seeds, data, autocast=autocast, track=track):
+            for own, h_NH in zip(products, states_DNH.double(), strict=True):
+                own[:, :hidden] += h_NH.T @ h_NH
+                own[:, hidden + expert] += h_NH.sum(0)
         gram_DHH, cross_DHE = all_sum(products).split([hidden, len(experts)], dim=-1)
         return list(experts), ridge(gram_DHH, cross_DHE, strength=self.strength).float().cpu()
 

@@ -15,20 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
-from upit.examples import IGNORE, PADDING, Example, collate, length_grouped
+from upit.examples import IGNORE, PADDING, Example, collate
 from upit.families import is_expert
 from upit.files import digest
-from upit.forward import ffn_inputs_of, response_losses, response_states
+from upit.forward import ffn_inputs_of, response_losses
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, fingerprint, load_expert, to_device, write_ffn
+from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_expert, to_device, write_ffn
 from upit.sharding import average_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STATES_BYTES = 4 * 2**30  # of hidden states kept for a bucket, over all ranks; ours
-BATCH_TOKENS = 8192  # of a forward pass, with padding
 
 
 class RoutingVectors(RouterInit):
@@ -175,7 +174,7 @@ def optimise_routing_vectors(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=False)
 
     def states_of(indices: Sequence[int]) -> dict[int, Tensor]:
-        return ffn_inputs_by_example(dense, indices, dataset, pad_id=pad_id, autocast=autocast)
+        return dict(ffn_inputs_by_example(dense, indices, dataset, pad_id=pad_id, autocast=autocast))
 
     tokens = sum(len(dataset[index]["input_ids"]) for index in bucket)
     kept = states_of(bucket) if not experts and 4 * tokens * vectors_DH.numel() <= STATES_BYTES else None
@@ -198,31 +197,6 @@ def optimise_routing_vectors(
             optimizer.step()
     dense.zero_grad()
     return vectors_DH.detach()
-
-
-@torch.no_grad()
-def ffn_inputs_by_example(
-    dense: PreTrainedModel,
-    indices: Sequence[int],
-    dataset: Sequence[Example],
-    *,
-    pad_id: int,
-    autocast: Autocast = nullcontext,
-) -> dict[int, Tensor]:
-    """What enters the FFN of each layer at each token of an example, (D, N, H); a collective.
-
-    Returns: by example, those of this rank's share.
-    """
-    device = next(dense.parameters()).device
-    lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
-    found = {}
-    for group, counts in own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS)):
-        batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
-        with autocast(), ffn_inputs_of(dense) as inputs:
-            response_states(dense, batch)
-        for row, index in enumerate(group if counts else []):
-            found[index] = torch.stack([h_BTH[row, : lengths[index]] for h_BTH in inputs])
-    return found
 
 
 def _joint_loss(

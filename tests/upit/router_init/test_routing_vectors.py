@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.upit.conftest import expert_tensors, make_data
+from upit import scoring
 from upit.examples import PADDING, collate
 from upit.forward import ffn_inputs_of, response_logits
 from upit.router_init import RoutingVectors, optimise_routing_vectors, routing_vectors
@@ -200,8 +201,8 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_hidden_states_are_computed_once_where_they_fit(dense, monkeypatch):
     passes = []
-    original = routing_vectors.response_states
-    monkeypatch.setattr(routing_vectors, "response_states", lambda *a: passes.append(1) or original(*a))
+    original = scoring.response_states
+    monkeypatch.setattr(scoring, "response_states", lambda *a: passes.append(1) or original(*a))
     kept = optimise(dense, range(6), epochs=3, batch_size=2)
     assert len(passes) == 1
     monkeypatch.setattr(routing_vectors, "STATES_BYTES", 0)
