@@ -1,11 +1,11 @@
 """A MoE training step in a bare loop: ours against stock transformers, at any shape, precision and number of experts.
 
     python -m benchmarks.moe_step [--shape smollm2 | sheared-llama-2.7b] [--precision bf16-mixed | bf16-true]
-        [--variants dense+c upit+c stock stock+c] [--experts 8] [--rows 16] [--accumulate 1]
+        [--variants dense+c dense+c+g upit+c upit+c+g stock stock+c] [--experts 8] [--rows 16] [--accumulate 1]
 
 Random weights, random tokens in packed rows of 1,024, half of them responses; fused AdamW, clipped gradients, the
-balance loss. Every variant in this process, one after the other; ``+c`` compiles the decoder layers. Milliseconds are
-the mean of the timed steps between two synchronisations.
+balance loss. Every variant in this process, one after the other; ``+c`` compiles the decoder layers, ``+g`` runs them
+as CUDA graphs. Milliseconds are the mean of the timed steps between two synchronisations.
 
 - ``dense``: a dense model whose FFN is top-2 times as wide, the same active FLOPs; our attention and loss head.
 - ``upit``: our experts, attention and loss head.
@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from upit.examples import Batch, collate
 from upit.families import moe_config
-from upit.forward import last_routing, response_losses
+from upit.forward import Body, body_states, last_routing, response_loss
+from upit.graphs import GraphedBody
 from upit.losses import load_balancing_loss
 from upit.models import build
 
@@ -39,6 +40,7 @@ SHAPES = {
         "num_key_value_heads": 20, "vocab_size": 32000, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+VARIANTS = ["dense+c", "dense+c+g", "upit+c", "upit+c+g", "stock", "stock+c"]
 DEVICE, TOP_K, LENGTH, PEAK, BALANCE = "cuda", 2, 1024, 989e12, 0.01
 WARM_UP = 5
 
@@ -60,7 +62,7 @@ def packed_batch(rows: int, vocabulary: int, seed: int) -> Batch:
 
 
 def model_of(variant: str, dense: LlamaConfig, num_experts: int):
-    kind, compiled = variant.removesuffix("+c"), variant.endswith("+c")
+    kind, compiled = variant.split("+")[0], "+c" in variant
     config: PretrainedConfig = dense
     if kind != "dense":
         config = moe_config(dense, num_experts=num_experts, top_k=TOP_K)
@@ -79,10 +81,11 @@ def model_of(variant: str, dense: LlamaConfig, num_experts: int):
     return model.train()
 
 
-def loss_of(kind: str, model, batch: Batch) -> torch.Tensor:
+def loss_of(kind: str, model, batch: Batch, body: Body) -> torch.Tensor:
     if kind == "stock":
         return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
-    loss = response_losses(model, batch)[0].mean()
+    total, targets_L = response_loss(model, batch, body=body)
+    loss = total / len(targets_L)
     if kind == "dense":
         return loss
     logits_DTE, ids_DTK = last_routing(model)
@@ -113,6 +116,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     torch.set_default_dtype(torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
     model = model_of(variant, LlamaConfig(**fields), options.experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    body = GraphedBody() if "+g" in variant else body_states
     batches = [packed_batch(options.rows, model.config.vocab_size, seed) for seed in range(options.accumulate)]
 
     def context() -> AbstractContextManager:
@@ -121,7 +125,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     def step() -> None:
         for batch in batches:
             with context():
-                loss = loss_of(variant.removesuffix("+c"), model, batch)
+                loss = loss_of(variant.split("+")[0], model, batch, body)
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -149,7 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--precision", choices=["bf16-mixed", "bf16-true"], default="bf16-mixed")
-    parser.add_argument("--variants", nargs="*", default=["dense+c", "upit+c", "stock", "stock+c"])
+    parser.add_argument(
+        "--variants", nargs="*", default=["dense+c", "dense+c+g", "upit+c", "upit+c+g", "stock", "stock+c"]
+    )
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16, help="of 1,024 tokens in a forward pass")
     parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")

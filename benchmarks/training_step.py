@@ -1,12 +1,13 @@
 """Tokens a second of ``upit fit`` in the MoE phase, against a dense model of the same active FLOPs and stock experts.
 
-    python -m benchmarks.training_step [--variants dense upit stock] [--precision bf16-mixed] [--profile DIR]
+    python -m benchmarks.training_step [--variants dense dense+g upit+g stock] [--precision bf16-mixed] [--profile DIR]
 
 SmolLM2-135M's shape, 16 x 1024 packed tokens, fused AdamW, through the command line with configs/smollm2.yaml. Each
 variant is a process of its own; steps are timed between synchronisations, after a warm-up.
 
 - ``dense``: FFN twice as wide, which is what 2 of 8 experts compute; compiled.
 - ``upit``: 8 experts, top-2, upcycled after a few dense steps; compiled.
+- ``dense+g``, ``upit+g``: their decoder layers as CUDA graphs too.
 - ``stock``, ``stock+c``: the same MoE with transformers' ``grouped_mm`` experts, eager and compiled.
 """
 
@@ -96,13 +97,15 @@ def _recompiles() -> int:
 
 def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str, Any]:
     compiled = variant != "stock"
-    first = WARM_UP if variant == "dense" else DENSE_STEPS + WARM_UP
+    is_dense = variant.startswith("dense")
+    first = WARM_UP if is_dense else DENSE_STEPS + WARM_UP
     timer = {"file": str(figures), "first": first, "timed": TIMED}
-    timer["profile"] = f"{options.profile}/{variant}.txt" if options.profile else None
-    dense: dict[str, Any] = {"compile": compiled}
-    if variant == "dense" or options.from_scratch:
-        dense |= {"model": None, "config": WIDE if variant == "dense" else {**WIDE, "intermediate_size": 1536}}
-    method = {} if variant != "dense" else {"harvest": None, "upcycling": None}
+    timer["profile"] = f"{options.profile}/{variant.replace('+', '_')}.txt" if options.profile else None
+    both = {"compile": compiled, "cuda_graphs": variant.endswith("+g")}
+    dense: dict[str, Any] = {**both}
+    if is_dense or options.from_scratch:
+        dense |= {"model": None, "config": WIDE if is_dense else {**WIDE, "intermediate_size": 1536}}
+    method = {} if not is_dense else {"harvest": None, "upcycling": None}
     method = method or {
         "harvest": {"every_n_steps": DENSE_STEPS // 2},
         "upcycling": {"at_epoch": None, "at_step": DENSE_STEPS, "drift_examples": 4},
@@ -117,7 +120,7 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
             "callbacks": [{"class_path": "benchmarks.training_step.StepTimer", "init_args": timer}],
             "logger": False,
         },
-        "model": {"init_args": {"dense": {"init_args": dense}, "moe": {"init_args": {"compile": compiled}}}},
+        "model": {"init_args": {"dense": {"init_args": dense}, "moe": {"init_args": both}}},
         "data": {"init_args": {"train_size": 2600} | ({"tokenizer": None} if options.from_scratch else {})},
         **method,
     }
@@ -148,7 +151,7 @@ def fit(variant: str, file: str, run: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="*", default=["dense", "upit", "stock", "stock+c"])
+    parser.add_argument("--variants", nargs="*", default=["dense", "dense+g", "upit", "upit+g", "stock", "stock+c"])
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--profile", help="folder for a profile of three steps of each variant")
     parser.add_argument("--from-scratch", action="store_true", help="without the SmolLM2 weights and tokenizer")

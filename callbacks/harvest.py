@@ -17,6 +17,7 @@ from upit.distributed import barrier, rank
 from upit.families import is_expert
 from upit.pool import Pool
 from upit.sharding import full
+from upit.transfer import host_copy, wait_for_copies
 
 METRICS = "upit_metrics"  # in checkpoints
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,8 +27,8 @@ class ExpertHarvest(Callback):
     """Save the expert parameters (FFN) to ``<run>/experts`` at intervals of the dense phase.
 
     Stage 1 of UpIT (arXiv:2410.01610). Harvests at optimizer-step boundaries: copies the parameters, one at
-    a time when they are sharded, and writes them in the background. The untouched model is kept too, as the base
-    of the task vectors.
+    a time when they are sharded, and writes them in the background; a GPU waits for neither. The untouched model is
+    kept too, as the base of the task vectors.
 
     Args:
         every_n_epochs: interval in epochs; 0.25 is the paper's. Used when neither of the others is given.
@@ -147,14 +148,14 @@ class ExpertHarvest(Callback):
                 whole = full(param)
                 if rank() == 0:
                     # a copy of its own: the optimizer changes the parameter while the writer still reads
-                    copy = whole.to("cpu", self.dtype or whole.dtype, copy=True)
-                    (tensors if is_expert(name) else rest)[name] = copy
+                    (tensors if is_expert(name) else rest)[name] = host_copy(whole, self.dtype or whole.dtype)
         if step:
             self.steps.append(step)
         if rank() == 0:
             metrics, epoch = self._metrics(trainer), step / pl_module.steps_per_epoch()
             self.drain()
-            self._pending.append(self._writer.submit(self._write, tensors, rest, step, epoch, metrics))
+            work = (wait_for_copies(), tensors, rest, step, epoch, metrics)
+            self._pending.append(self._writer.submit(self._write, *work))
 
     def _metrics(self, trainer) -> dict[str, float]:
         """The last value of each metric, of before a resume too, which Lightning forgets."""
@@ -162,7 +163,8 @@ class ExpertHarvest(Callback):
         last = self._past | now
         return {name: value for name, value in last.items() if math.isfinite(value)}  # JSON has no NaN
 
-    def _write(self, tensors, rest, step: int, epoch: float, metrics: dict[str, float]) -> None:
+    def _write(self, wait, tensors, rest, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        wait()
         pool = Pool(self.directory)
         if step:
             pool.add(tensors, step=step, epoch=epoch, metrics=metrics, rest=rest)

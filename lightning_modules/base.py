@@ -20,7 +20,8 @@ from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.evaluation import Scores, evaluate, greedy_answers, summed_answers, summed_losses
 from upit.examples import IGNORE, Batch
-from upit.forward import response_losses
+from upit.forward import Body, body_states, response_loss
+from upit.graphs import GraphedBody
 from upit.metrics import WeightedMeans
 from upit.models import build
 from upit.sharding import shard
@@ -43,6 +44,8 @@ class CausalLMModule(L.LightningModule):
         warmup_fraction: part of the phase's steps in which the rate rises linearly.
         compile: compile each decoder layer in place (keys stay; layers share one graph), for training steps only:
             validation and generation meet many shapes and run eagerly.
+        cuda_graphs: run the decoder layers of training steps as CUDA graphs, see :class:`upit.graphs.GraphedBody`; for
+            small models, whose kernels end before the host has launched the next. One GPU; nothing on a CPU.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
         trust_remote_code: allow model code that comes with the weights.
         max_new_tokens: longest generated answer; default by the reference's length, 256 where there is none.
@@ -60,6 +63,7 @@ class CausalLMModule(L.LightningModule):
         schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
         warmup_fraction: float = 0.03,
         compile: bool = False,
+        cuda_graphs: bool = False,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
         max_new_tokens: int | None = None,
@@ -82,11 +86,15 @@ class CausalLMModule(L.LightningModule):
         self.betas = betas
         self.schedule = schedule
         self.warmup_fraction = warmup_fraction
+        if cuda_graphs and gradient_checkpointing:
+            raise ValueError("cuda_graphs and gradient_checkpointing exclude one another; turn one of them off")
         self.compile_layers = compile
+        self.cuda_graphs = cuda_graphs
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self.max_new_tokens = max_new_tokens
         self.model: PreTrainedModel | None = None
+        self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
 
     # --- the phase -----------------------------------------------------------------------------------
@@ -139,6 +147,10 @@ class CausalLMModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if self.trainer.world_size > 1 and any(phase.cuda_graphs for phase in self.phases):
+                raise ValueError(
+                    f"cuda_graphs=True is for one device, there are {self.trainer.world_size}; leave it out"
+                )
             horizon.check_validation(self.trainer)
             check_monitors(self, self.trainer)
 
@@ -170,7 +182,12 @@ class CausalLMModule(L.LightningModule):
             for layer in model.model.layers:
                 layer.compile()
             torch.compiler.set_stance("force_eager")  # but for training_step
+        self.body = GraphedBody() if self.cuda_graphs and model.device.type == "cuda" else body_states
         model.train()
+
+    def release(self) -> None:
+        """Let go of the model, and of what was captured of it."""
+        self.model, self.body = None, body_states
 
     def autocast(self) -> AbstractContextManager:
         """The context that Lightning runs steps in; for passes outside of them."""
@@ -215,10 +232,10 @@ class CausalLMModule(L.LightningModule):
         Both so that means over the ranks are right: the count is the mean of the ranks' counts, and the mean of the
         losses is that of all the ranks' tokens.
         """
-        losses_L, targets_L, _ = response_losses(self.lm, batch)
+        loss, targets_L = response_loss(self.lm, batch, body=self.body)
         count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
         count = count.clamp(min=1.0)
-        return losses_L.sum() / count, count
+        return loss / count, count
 
     @override
     def on_validation_epoch_start(self) -> None:

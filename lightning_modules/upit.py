@@ -60,7 +60,7 @@ class UpITModule(CausalLMModule):
         if identity["phase"] == "moe":
             self._check_counts(identity, grown)
         if (identity["phase"], grown) != (self.phase, self.grown):
-            self.active.model = None
+            self.active.release()
         self.phase, self.grown = identity["phase"], grown
         if self.phase == "moe":  # what has not happened yet is where this run's config puts it
             self.swap_step = identity["swap_step"]
@@ -102,7 +102,7 @@ class UpITModule(CausalLMModule):
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""
         config = moe_config(self.lm.config, num_experts=len(experts), top_k=self.moe.top_k)
         self._become(config, experts, router_DEH)
-        self.dense.model = None
+        self.dense.release()
         self.phase = "moe"
         self.swap_step = self.trainer.global_step
 

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from upit.examples import Batch
 from upit.families import ROUTER
+from upit.head import head_loss, head_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HEAD_TOKENS = 2048
 
-
-def response_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Final hidden states where a response token is predicted; the head is left for the caller to apply.
+def body_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states of a batch, (B, T, H); the head gets nothing to do.
 
     Args:
         model: a causal LM of transformers with an ``lm_head``.
         batch: see :mod:`upit.examples`.
-    Returns: ``states_LH``, ``targets_L``, ``example_ids_L`` for the L response tokens of the batch; a target is
-        ``IGNORE`` where the batch's labels were masked after it was collated.
     """
-    from upit.attention import compute_dtype, packed_mask  # with transformers' models, which take seconds to import
-
     body: Any = model.model
     states: list[Tensor] = []
     keep = body.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
@@ -38,16 +31,39 @@ def response_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
         model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            attention_mask=packed_mask(
-                batch, compute_dtype(next(model.parameters())), window=getattr(model.config, "sliding_window", None)
-            ),
+            attention_mask=attention_mask(model, batch),
             use_cache=False,
-            logits_to_keep=batch["input_ids"].new_empty(0),  # the head gets nothing to do
+            logits_to_keep=batch["input_ids"].new_empty(0),
         )
     finally:
         keep.remove()
+    return states[0]
+
+
+def attention_mask(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The mask that keeps a model's attention inside each example; see :func:`upit.attention.packed_mask`."""
+    from upit.attention import compute_dtype, packed_mask  # with transformers' models, which take seconds to import
+
+    window = getattr(model.config, "sliding_window", None)
+    return packed_mask(batch, compute_dtype(next(model.parameters())), window=window)
+
+
+Body = Callable[["PreTrainedModel", Batch], Tensor]
+
+
+def response_states(
+    model: PreTrainedModel, batch: Batch, *, body: Body = body_states
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Final hidden states where a response token is predicted; the head is left for the caller to apply.
+
+    Args:
+        body: gives the hidden states of the whole batch.
+    Returns: ``states_LH``, ``targets_L``, ``example_ids_L`` for the L response tokens of the batch; a target is
+        ``IGNORE`` where the batch's labels were masked after it was collated.
+    """
     at_L = batch["predictors"]
-    return states[0].flatten(0, 1)[at_L], batch["labels"].flatten()[at_L + 1], batch["example_ids"].flatten()[at_L]
+    states_LH = body(model, batch).flatten(0, 1).index_select(0, at_L)
+    return states_LH, batch["labels"].flatten()[at_L + 1], batch["example_ids"].flatten()[at_L]
 
 
 def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,26 +73,15 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tenso
 
 
 def response_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of each response token, ``losses_L`` in float32 nats, ``targets_L``, ``example_ids_L``.
-
-    The vocabulary's logits exist for ``HEAD_TOKENS`` tokens at a time and are computed again in the backward pass.
-    A target of ``IGNORE`` has no loss.
-    """
+    """Cross entropy of each response token, ``losses_L`` in float32 nats, ``targets_L``, ``example_ids_L``."""
     states_LH, targets_L, example_ids_L = response_states(model, batch)
-    return chunked_head_losses(model.lm_head, states_LH, targets_L), targets_L, example_ids_L
+    return head_losses(model.lm_head, states_LH, targets_L), targets_L, example_ids_L
 
 
-def chunked_head_losses(head: torch.nn.Module, states_LH: Tensor, targets_L: Tensor) -> Tensor:
-    """Cross entropy of each token, float32; ``HEAD_TOKENS`` rows of logits at a time, again in the backward pass."""
-    chunks = [
-        checkpoint(_head_losses, head, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(states_LH.split(HEAD_TOKENS), targets_L.split(HEAD_TOKENS), strict=True)
-    ]
-    return torch.cat(chunks)
-
-
-def _head_losses(head: torch.nn.Module, states_LH: Tensor, targets_L: Tensor) -> Tensor:
-    return F.cross_entropy(head(states_LH).float(), targets_L, reduction="none")
+def response_loss(model: PreTrainedModel, batch: Batch, *, body: Body = body_states) -> tuple[Tensor, Tensor]:
+    """Cross entropy summed over the response tokens, float32 nats, and ``targets_L``; what training needs."""
+    states_LH, targets_L, _ = response_states(model, batch, body=body)
+    return head_loss(model.lm_head, states_LH, targets_L), targets_L
 
 
 def moe_routers(model: PreTrainedModel) -> list:

@@ -94,7 +94,7 @@ def test_a_head_in_chunks_has_the_losses_and_gradients_of_the_whole(model, monke
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     weights = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(expected.sum(), weights)
-    monkeypatch.setattr("upit.forward.HEAD_TOKENS", 5)
+    monkeypatch.setattr("upit.head.HEAD_TOKENS", 5)
     losses, *_ = response_losses(model, batch)
     torch.testing.assert_close(losses, expected)
     for ours, theirs in zip(torch.autograd.grad(losses.sum(), weights), gradients, strict=True):

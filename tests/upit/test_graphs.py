@@ -1,0 +1,98 @@
+"""Training steps through CUDA graphs against the same steps without, gradients included."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from upit.examples import collate
+from upit.families import moe_config
+from upit.forward import body_states, last_routing, response_loss
+from upit.graphs import GraphedBody
+from upit.models import build
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+FIELDS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96}
+DENSE = LlamaConfig(**FIELDS, num_attention_heads=4, num_key_value_heads=2)
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+class NoGraphs:
+    """In place of the capture, without a GPU: everything around it."""
+
+    def __init__(self, function, inputs, params):
+        self.function = function
+
+    def __call__(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.fixture(autouse=True)
+def plain_on_cpus(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("upit.graphs._Graphs", NoGraphs)
+
+
+def batch_of(rows, seed, device, length=128):
+    torch.manual_seed(seed)
+    sizes = torch.randint(3, 60, (sum(rows),)).tolist()
+    dataset = [{"input_ids": torch.randint(3, 90, (n,)).tolist(), "labels": [-100] * 2 + [5] * (n - 2)} for n in sizes]
+    ids = iter(range(len(dataset)))
+    layout = [[next(ids) for _ in range(count)] for count in rows]
+    return {k: v.to(device) for k, v in collate(layout, dataset, pad_id=0, length=length).items()}
+
+
+def steps(model, batches, body):
+    """Losses, routing and gradients, two batches a step."""
+    seen = []
+    with torch.autocast(model.device.type, torch.bfloat16):
+        for number, batch in enumerate(batches):
+            loss, targets_L = response_loss(model, batch, body=body)
+            if model.config.model_type == "mixtral":
+                logits_DTE, ids_DTK = last_routing(model)
+                loss = loss + logits_DTE.float().square().mean()
+                seen.append(ids_DTK.float().mean().item())
+            (loss / len(targets_L)).backward()
+            seen.append(loss.item())
+            if number % 2:
+                seen += [param.grad.float().norm().item() for param in model.parameters()]
+                model.zero_grad()
+    return torch.tensor(seen)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [DENSE, moe_config(DENSE, num_experts=4, top_k=2)], ids=["dense", "moe"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_steps_are_those_without_graphs(device, config, compiled):
+    if compiled and device == "cpu":
+        pytest.skip("the capture is what compiled layers could break")
+    torch.manual_seed(0)
+    model = build(config).to(device).train()
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    # as captured, other lengths, fewer rows, and more sequences than the graphs have room for
+    batches = [batch_of(rows, i, device) for i, rows in enumerate([[2, 2], [1, 2], [2], [2, 1], [1, 1], [2, 2]])]
+    batches.append(batch_of([2] * 80, 9, device, length=120))
+    batches.append(batch_of([2, 2], 10, device))
+    plain = steps(model, batches, body_states)
+    graphed = steps(model, batches, GraphedBody())
+    assert torch.isfinite(plain).all()
+    torch.testing.assert_close(graphed, plain, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_that_do_not_fit_go_the_usual_way(device, monkeypatch):
+    model = build(DENSE).to(device).train()
+    body, usual = GraphedBody(), []
+    monkeypatch.setattr("upit.graphs.body_states", lambda *args: usual.append(1) or body_states(*args))
+    body(model, batch_of([2, 2], 0, device))
+    assert not usual
+    body(model, batch_of([2], 0, device))  # another shape
+    assert len(usual) == 1
+    many = batch_of([2, 2], 1, device)
+    many["lengths"] = torch.nn.functional.pad(many["lengths"], (0, 64))
+    body(model, many)
+    assert len(usual) == 1
+    many["lengths"] = torch.nn.functional.pad(many["lengths"], (0, 64))
+    body(model, many)
+    assert len(usual) == 2

@@ -1,0 +1,133 @@
+"""CUDA graphs of a training step's decoder body: the host launches two graphs, not thousands of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from upit.examples import Batch
+from upit.families import MOE_TYPES
+from upit.forward import attention_mask, body_states, moe_routers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPARE = 2  # times the sequences of the batch that is captured fit into the graphs; ours
+WARM_UP = 3  # passes before the capture, which compile, and initialise libraries
+
+
+class _Graphs:
+    """A function of tensors, its forward and its backward pass captured.
+
+    As ``torch.cuda.make_graphed_callables``, but for two things: nothing of the captured passes' autograd graph stays,
+    whose nodes would tie the parameters to the stream of the capture; and gradients of an earlier batch are kept.
+
+    Args:
+        function: captured with ``inputs``, which need no gradients.
+        params: what it needs gradients of.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], params: list[Tensor]):
+        self.inputs, self.params = [tensor.clone() for tensor in inputs], params
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(WARM_UP):
+                outputs = function(*self.inputs)
+                self._grads_of(outputs, [torch.zeros_like(output) for output in outputs])
+                del outputs
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(self._forward, pool=pool):
+            outputs = function(*self.inputs)
+        self.grad_outputs = [torch.empty_like(output) for output in outputs]
+        with torch.cuda.graph(self._backward, pool=pool):
+            self.grads = self._grads_of(outputs, self.grad_outputs)
+        self.outputs = [output.detach() for output in outputs]
+
+    def _grads_of(self, outputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        pairs = [pair for pair in zip(outputs, grad_outputs, strict=True) if pair[0].requires_grad]
+        return torch.autograd.grad([output for output, _ in pairs], self.params, [grad for _, grad in pairs])
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for param, grad in zip(self.params, self.grads, strict=True):
+            # of an earlier batch of the same step, where the next backward pass writes
+            if param.grad is not None and param.grad.data_ptr() == grad.data_ptr():
+                param.grad = param.grad.clone()
+        return _Replay.apply(self, inputs, *self.params)
+
+    def forward(self, inputs: Sequence[Tensor]) -> None:
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self._forward.replay()
+
+    def backward(self, grad_outputs: Sequence[Tensor]) -> None:
+        for held, given in zip(self.grad_outputs, grad_outputs, strict=True):
+            if held.is_floating_point():
+                held.copy_(given)
+        self._backward.replay()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphs: _Graphs, inputs: Sequence[Tensor], *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.graphs = graphs
+        graphs.forward(inputs)
+        outputs = tuple(output.detach() for output in graphs.outputs)
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor):
+        ctx.graphs.backward(grad_outputs)
+        return None, None, *(grad.detach() for grad in ctx.graphs.grads)
+
+
+class GraphedBody:
+    """:func:`upit.forward.body_states` for training steps, by CUDA graphs.
+
+    They are captured at the first batch, which takes three passes more; from then on the memory of a pass is theirs.
+    A batch of another shape, or of more than ``SPARE`` times as many sequences, goes the usual way.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: _Graphs | None = None
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Final hidden states, (B, T, H); the routers' ``last_logits`` and ``last_experts`` are those of this pass."""
+        if self._graphs is None:
+            self._graphs = self._capture(model, batch)
+        if batch["input_ids"].shape != self._shape or len(batch["lengths"]) > self._sequences:
+            return body_states(model, batch)
+        states_BTH, *routing = self._graphs(*self._inputs(model, batch))
+        for router, logits_TE, experts_TK in zip(self._routers, routing[::2], routing[1::2], strict=True):
+            router.last_logits, router.last_experts = logits_TE, experts_TK
+        return states_BTH
+
+    def _inputs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        lengths_S = F.pad(batch["lengths"], (0, self._sequences - len(batch["lengths"])))
+        mask = attention_mask(model, {**batch, "lengths": lengths_S})
+        return batch["input_ids"], batch["position_ids"], mask
+
+    def _capture(self, model: PreTrainedModel, batch: Batch) -> _Graphs:
+        self._shape, self._sequences = batch["input_ids"].shape, SPARE * len(batch["lengths"])
+        self._routers = moe_routers(model) if model.config.model_type in MOE_TYPES else []
+        for router in self._routers:
+            router.last_logits = router.last_experts = None  # their autograd graph belongs to another stream
+        body: Any = model.model
+
+        def run(input_ids_BT: Tensor, position_ids_BT: Tensor, mask: Tensor) -> list[Tensor]:
+            output = body(input_ids=input_ids_BT, position_ids=position_ids_BT, attention_mask=mask, use_cache=False)
+            said = [(router.last_logits, router.last_experts) for router in self._routers]
+            return [output.last_hidden_state, *(tensor for pair in said for tensor in pair)]
+
+        params = [param for param in body.parameters() if param.requires_grad]
+        # a cast that autocast has cached would be missing from the graphs
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
+            return _Graphs(run, self._inputs(model, batch), params)

@@ -1,0 +1,24 @@
+"""Copies from a GPU that training does not wait for."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def host_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in the host's memory, pinned for a GPU's tensor, which then still is on its way.
+
+    What changes the tensor later in the same stream changes it after the copy.
+    """
+    copy = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def wait_for_copies() -> Callable[[], None]:
+    """What to call, in any thread, before the copies made so far are read."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    copied = torch.cuda.Event()
+    copied.record()
+    return copied.synchronize
