@@ -34,10 +34,10 @@ def test_graphs_exclude_what_they_cannot_hold(make_data, tmp_path):
     with pytest.raises(ValueError, match="cuda_graphs and gradient_checkpointing exclude"):
         MoEModule(cuda_graphs=True, gradient_checkpointing=True)
     trainer = make_trainer(tmp_path, [], logger=False, devices=2, strategy="ddp")
+    module = make_module(cuda_graphs=True)
+    module.trainer = trainer
     with pytest.raises(ValueError, match="cuda_graphs=True is for one device, there are 2"):
-        trainer.strategy.connect(make_module(cuda_graphs=True))
-        trainer.lightning_module.trainer = trainer
-        trainer.lightning_module.setup("fit")
+        module.setup("fit")
 
 
 def test_an_upcycled_moe_is_not_loaded_too():

@@ -17,5 +17,6 @@ def test_a_copy_is_of_the_tensor_as_it_was(device, dtype):
     wait = wait_for_copies()
     tensor.zero_()
     wait()
-    assert copy.dtype == dtype and copy.device.type == "cpu"
+    assert copy.dtype == dtype
+    assert copy.device.type == "cpu"
     assert torch.equal(copy, expected)
