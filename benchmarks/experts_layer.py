@@ -1,8 +1,10 @@
 """Time of one MoE layer, forward and backward, against stock transformers and a dense FFN of the same FLOPs.
 
-    python benchmarks/experts_layer.py [--tokens 16384] [--shapes 576x1536x8 ...] [--load even|skewed|empty]
+    python -m benchmarks.experts_layer [--tokens 16384] [--shapes 576x1536x8 ...] [--load even|skewed|empty]
+        [--variants dense+c grouped_mm grouped_mm+c upit upit+c]
 
-Medians of CUDA events, bf16 weights; the MoE layers hold Mixtral's router too.
+Medians of CUDA events, bf16 weights; the MoE layers hold Mixtral's router too. Other variants are the names of experts
+that transformers knows: ``eager``, its loop, and ``upit_triton`` and ``upit_quack`` with kernels of one kind.
 """
 
 import argparse
@@ -75,13 +77,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="HIDDENxINNERxEXPERTS")
     parser.add_argument("--load", choices=["even", "skewed", "empty"], default="even")
-    parser.add_argument("--eager-loop", action="store_true", help="also time the stock loop over experts")
-    parser.add_argument("--profile", action="store_true", help="print where the time of upit+c goes")
+    parser.add_argument("--variants", nargs="*", default=["dense+c", "grouped_mm", "grouped_mm+c", "upit", "upit+c"])
+    parser.add_argument("--profile", action="store_true", help="print where the time of each upit variant goes")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.tokens} tokens, load {options.load}")
-    names = ["dense+c", "grouped_mm", "grouped_mm+c", "upit", "upit+c"]
-    names += ["eager"] if options.eager_loop else []
-    print(" | ".join(["shape", *[f"{name} ms" for name in names], "dense+c / upit+c"]))
+    names = options.variants
+    print(" | ".join(["shape", *[f"{name} ms" for name in names], f"{names[0]} / {names[-1]}"]))
     for shape in options.shapes:
         hidden, inner, num_experts = map(int, shape.split("x"))
         times = {}
@@ -96,10 +97,10 @@ def main() -> None:
                 steer(layer, options.load)
             if compiled:
                 layer.compile()
-            times[name] = measure(layer, options.tokens, hidden, profile=options.profile and name == "upit+c")
+            times[name] = measure(layer, options.tokens, hidden, profile=options.profile and "upit" in name)
             del layer
             torch.cuda.empty_cache()
-        row = [shape, *[f"{times[name]:.2f}" for name in names], f"{times['dense+c'] / times['upit+c']:.2f}"]
+        row = [shape, *[f"{times[name]:.2f}" for name in names], f"{times[names[0]] / times[names[-1]]:.2f}"]
         print(" | ".join(row), flush=True)
 
 

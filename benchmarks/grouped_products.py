@@ -1,15 +1,20 @@
-"""The six products of an experts layer, forward and backward: torch's grouped ones beside cuBLAS's of the same FLOPs.
+"""The six products of an experts layer, forward and backward: torch's and QuACK's grouped ones beside cuBLAS's.
 
     python -m benchmarks.grouped_products [--shape 576x1536x8] [--tokens 16384]
 
 Medians of CUDA events, bf16, top-2, an even load. cuBLAS takes all rows with one expert's weights, like a dense FFN.
+QuACK's column (where QuACK runs) is the calls of ``upit.hopper``: in it the first and third have SwiGLU and its
+gradients inside, and the first, third, fourth and sixth gather their tokens' rows.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
+
+from upit.experts import has_quack
 
 TOP_K = 2
 
@@ -32,6 +37,27 @@ def products(hidden: int, inner: int, experts: int, tokens: int) -> dict[str, tu
     }
 
 
+def quack_products(hidden: int, inner: int, experts: int, tokens: int, ends_E: torch.Tensor) -> list[Callable]:
+    """In the order of :func:`products`."""
+    from upit import hopper
+
+    make = {"dtype": torch.bfloat16, "device": "cuda"}
+    rows = tokens * TOP_K
+    x_TH, grad_TH = torch.randn(tokens, hidden, **make), torch.randn(tokens, hidden, **make)
+    up_EJH, down_EHI = torch.randn(experts, 2 * inner, hidden, **make), torch.randn(experts, hidden, inner, **make)
+    tokens_N = torch.randint(tokens, (experts, rows // experts), device="cuda").sort().values.flatten().int()
+    weights_N, bounds_F = torch.rand(rows, device="cuda"), F.pad(ends_E, (1, 0))
+    up_NJ, hidden_NI = hopper.gate_and_up(x_TH, up_EJH, tokens_N, bounds_F)
+    return [
+        lambda: hopper.gate_and_up(x_TH, up_EJH, tokens_N, bounds_F),
+        lambda: hopper.down(hidden_NI, down_EHI, bounds_F),
+        lambda: hopper.down_input_gradient(grad_TH, down_EHI, up_NJ, weights_N, tokens_N, bounds_F),
+        lambda: hopper.down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F),
+        lambda: hopper.gate_and_up_input_gradient(up_NJ, up_EJH, bounds_F),
+        lambda: hopper.gate_and_up_weight_gradient(x_TH, up_NJ, up_EJH, tokens_N, bounds_F),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="576x1536x8", help="HIDDENxINNERxEXPERTS")
@@ -41,20 +67,26 @@ def main() -> None:
     rows = options.tokens * TOP_K
     ends_E = torch.linspace(rows / experts, rows, experts, device="cuda").to(torch.int32)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.shape}, {options.tokens} tokens")
-    print("| | cuBLAS, us | TFLOP/s | grouped, us | TFLOP/s |\n|---|---|---|---|---|")
-    totals = [0.0, 0.0]
-    for name, (left, right, grouped_left, grouped_right, flops) in products(
-        hidden, inner, experts, options.tokens
-    ).items():
-        calls = (
+    contenders = ["cuBLAS", "grouped", *(["QuACK"] if has_quack() else [])]
+    print(
+        "| |" + "".join(f" {name}, us | TFLOP/s |" for name in contenders) + "\n|---|" + "---|---|" * len(contenders)
+    )
+    totals = [0.0] * len(contenders)
+    given = hidden, inner, experts, options.tokens
+    fused = quack_products(*given, ends_E) if has_quack() else [None] * 6
+    for (name, (left, right, grouped_left, grouped_right, flops)), quack in zip(
+        products(*given).items(), fused, strict=True
+    ):
+        calls = [
             lambda a=left, b=right: a @ b,
             lambda a=grouped_left, b=grouped_right: F.grouped_mm(a, b, offs=ends_E),
-        )
+            *([quack] if quack else []),
+        ]
         times = [do_bench(call, warmup=10, rep=40, return_mode="median") for call in calls]
         cells = " | ".join(f"{1000 * ms:.0f} | {flops / ms / 1e9:.0f}" for ms in times)
         print(f"| {name} | {cells} |", flush=True)
         totals = [total + 1000 * ms for total, ms in zip(totals, times, strict=True)]
-    print(f"| all | {totals[0]:.0f} | | {totals[1]:.0f} | |")
+    print("| all |" + "".join(f" {total:.0f} | |" for total in totals))
 
 
 if __name__ == "__main__":

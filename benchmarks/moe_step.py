@@ -8,7 +8,7 @@ balance loss. Every variant in this process, one after the other; ``+c`` compile
 as CUDA graphs. Milliseconds are the mean of the timed steps between two synchronisations.
 
 - ``dense``: a dense model whose FFN is top-2 times as wide, the same active FLOPs; our attention and loss head.
-- ``upit``: our experts, attention and loss head.
+- ``upit``: our experts, attention and loss head. ``upit_triton`` and ``upit_quack``: with kernels of one kind.
 - ``stock``: transformers' Mixtral as it is, ``grouped_mm`` experts, SDPA over whole rows, its loss and auxiliary loss.
 
 Model FLOPs utilisation counts 6 FLOPs a token for each active weight of a matrix, and causal attention over whole
@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from upit import experts
 from upit.examples import Batch, collate
 from upit.families import moe_config
 from upit.forward import Body, body_states, last_routing, response_loss
@@ -75,6 +76,8 @@ def model_of(variant: str, dense: LlamaConfig, num_experts: int):
             )
         else:
             model = build(config)
+        if kind.startswith("upit_"):
+            experts.use(model, kind)
     if compiled:
         for layer in model.model.layers:
             layer.compile()

@@ -2,9 +2,11 @@
 
 Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``H`` hidden, ``I`` inner.
 Registered in transformers' experts interface, so any MoE with fused experts can use it:
-``model.set_experts_implementation("upit_grouped")``.
+``model.set_experts_implementation("upit_grouped")``. Two more names insist on one kind of kernels where GPU kernels
+run at all: ``upit_triton`` and ``upit_quack``.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,34 +19,45 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upit.attention import HALF, compute_dtype
 
-NAME = "upit_grouped"
-HAS_TRITON = find_spec("triton") is not None
+NAME, TRITON, QUACK = "upit_grouped", "upit_triton", "upit_quack"
+HAS_TRITON, HAS_QUACK = find_spec("triton") is not None, find_spec("quack") is not None
 
 
-def use(model: PreTrainedModel) -> None:
+def use(model: PreTrainedModel, name: str = NAME) -> None:
     """Let every MoE layer of ``model`` run :func:`grouped_forward`. Saved configs are left as they are."""
-    model.config._experts_implementation = NAME
+    model.config._experts_implementation = name
 
 
-def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+@torch.compiler.assume_constant_result
+def has_quack() -> bool:
+    """Whether QuACK is installed and this GPU is a Hopper, the only kind its kernels were tried on."""
+    return HAS_QUACK and torch.cuda.get_device_capability()[0] == 9
+
+
+def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, *, name: str = NAME) -> Tensor:
     """Dropless experts: sort assignments by expert, two grouped products, weighted sum per token.
 
     The stock grouped forward leaves fp32 weights in fp32 under autocast; this one casts them, as every
-    ``nn.Linear`` does. On GPUs, SwiGLU experts in half precision run :mod:`upit.kernels`.
+    ``nn.Linear`` does. On GPUs, SwiGLU experts in half precision run :mod:`upit.hopper` where QuACK can, else
+    :mod:`upit.kernels`.
 
     Args:
         self: module with ``gate_up_proj`` (E, 2I, H), ``down_proj`` (E, H, I) and ``act_fn``.
         x_TH: hidden states.
         expert_ids_TK, weights_TK: the router's choice and its weights.
+        name: which kernels, by the names above.
     Returns: (T, H), dtype of ``x_TH``.
     """
     dtype = compute_dtype(x_TH)
     inputs = (x_TH.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype), expert_ids_TK, weights_TK)
-    if x_TH.is_cuda and HAS_TRITON and dtype in HALF and isinstance(self.act_fn, nn.SiLU | SiLUActivation):
+    if not (x_TH.is_cuda and HAS_TRITON and dtype in HALF and isinstance(self.act_fn, nn.SiLU | SiLUActivation)):
+        return plain_experts(*inputs, act_fn=self.act_fn).to(x_TH.dtype)
+    _, hidden, inner = self.down_proj.shape
+    if name == QUACK or (name == NAME and hidden % 8 == 0 == inner % 8 and has_quack()):
+        from upit.hopper import experts
+    else:
         from upit.kernels import experts
-
-        return experts(*inputs)[0].to(x_TH.dtype)
-    return plain_experts(*inputs, act_fn=self.act_fn).to(x_TH.dtype)
+    return experts(*inputs)[0].to(x_TH.dtype)
 
 
 @torch.compiler.disable  # grouped products of float32 can't be traced
@@ -68,4 +81,5 @@ def plain_experts(
     return weighted.sum(dim=1)
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_forward)
+for each in (NAME, TRITON, QUACK):
+    ALL_EXPERTS_FUNCTIONS.register(each, partial(grouped_forward, name=each))

@@ -97,24 +97,28 @@ def gather_tokens(source_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
 
 
 @triton.jit
-def _sum_by_token(source, inverse, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_by_token(source, inverse, weights, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in tl.static_range(K):
         row = tl.load(inverse + token * K + k).to(tl.int64)
-        total += tl.load(source + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(source + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        if weights is not None:
+            values *= tl.load(weights + token * K + k).to(tl.float32)
+        total += values
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
-def sum_by_token(source_NH: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
-    """Sum of each token's K sorted rows, in float32, (T, H)."""
+def sum_by_token(source_NH: Tensor, inverse_N: Tensor, top_k: int, weights_TK: Tensor | None = None) -> Tensor:
+    """Sum of each token's K sorted rows, times ``weights_TK`` if given, in float32, (T, H)."""
     num_tokens, width = len(inverse_N) // top_k, source_NH.shape[1]
     out_TH = torch.empty(num_tokens, width, dtype=source_NH.dtype, device=source_NH.device)
     block = min(4096, triton.next_power_of_2(width))
     grid = (num_tokens, triton.cdiv(width, block))
-    wrap_triton(_sum_by_token)[grid](source_NH, inverse_N, out_TH, width, K=top_k, BLOCK=block)
+    weights_N = None if weights_TK is None else weights_TK.contiguous()
+    wrap_triton(_sum_by_token)[grid](source_NH, inverse_N, weights_N, out_TH, width, K=top_k, BLOCK=block)
     return out_TH
 
 
@@ -235,10 +239,15 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_TH, gate_up_EJH, down_EHI, weights_TK, *output[1:])
 
 
-def _backward(ctx, grad_TH, *_):
-    *saved, weights_TK = ctx.saved_tensors[:4]
-    grads = experts_backward(grad_TH, *saved, weights_TK, *ctx.saved_tensors[4:])
-    return *grads[:3], None, grads[3].to(weights_TK.dtype)
+def differentiable(forward, backward) -> None:
+    """Let autograd take ``backward``, with :func:`experts_backward`'s arguments, for ``forward``."""
+
+    def gradients(ctx, grad_TH, *_):
+        weights_TK = ctx.saved_tensors[3]
+        *grads, grad_weights_TK = backward(grad_TH, *ctx.saved_tensors)
+        return *grads, None, grad_weights_TK.to(weights_TK.dtype)
+
+    forward.register_autograd(gradients, setup_context=_save)
 
 
-experts.register_autograd(_backward, setup_context=_save)
+differentiable(experts, experts_backward)

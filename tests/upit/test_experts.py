@@ -5,7 +5,7 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from upit.experts import grouped_forward
+from upit.experts import QUACK, TRITON, grouped_forward, use
 from upit.families import moe_config
 from upit.models import build
 
@@ -98,3 +98,12 @@ def test_a_built_moe_runs_it_and_its_saved_config_says_nothing_of_it(dense):
     assert moe.config._experts_implementation == "upit_grouped"
     moe.config._experts_implementation = "eager"
     torch.testing.assert_close(grouped, moe(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [TRITON, QUACK])
+def test_where_gpu_kernels_do_not_run_every_name_is_the_plain_path(dense, name):
+    moe = build(moe_config(dense.config, num_experts=EXPERTS, top_k=2)).eval()
+    ids = torch.randint(3, 64, (2, 9))
+    automatic = moe(ids).logits
+    use(moe, name)
+    assert torch.equal(automatic, moe(ids).logits)

@@ -1,12 +1,16 @@
-"""The GPU kernels against a float64 loop over experts, and packed attention against the dense mask."""
+"""The experts' GPU kernels against a float64 loop over experts, and packed attention against the dense mask."""
+
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import LlamaConfig
 
 from upit.examples import collate
-from upit.experts import plain_experts
+from upit.experts import NAME, TRITON, grouped_forward, has_quack, plain_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BF16_ROUNDING = 1.5e-2  # relative norm of a few chained bfloat16 products
@@ -16,10 +20,19 @@ def relative(ours, reference):
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
-def inputs(num_tokens, top_k, num_experts, hidden, inner, seed=0):
+@pytest.fixture(params=["kernels", "hopper"])
+def experts(request):
+    if request.param == "hopper" and not has_quack():
+        pytest.skip("needs a Hopper GPU and quack-kernels")
+    return import_module(f"upit.{request.param}").experts
+
+
+def inputs(num_tokens, top_k, num_experts, hidden, inner, *, skew=0.0, seed=0, dtype=torch.bfloat16):
+    """``skew``: how much likelier the first experts are; from 1 on, whole experts go without a token."""
     torch.manual_seed(seed)
-    make = {"device": "cuda", "dtype": torch.bfloat16}
-    ids_TK = torch.rand(num_tokens, num_experts, device="cuda").topk(top_k).indices
+    make = {"device": "cuda", "dtype": dtype}
+    likely_E = torch.linspace(skew, 0, num_experts, device="cuda")
+    ids_TK = (torch.rand(num_tokens, num_experts, device="cuda") + likely_E).topk(top_k).indices
     ids_TK[ids_TK == 1] = 0  # expert 1 gets no token
     return [
         torch.randn(num_tokens, hidden, **make),
@@ -40,38 +53,100 @@ def loop(x, gate_up, down, ids, weights):
     return out
 
 
-@pytest.mark.parametrize("shape", [(1000, 2, 8, 576, 1536), (257, 1, 4, 64, 48), (512, 4, 64, 128, 96)])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_experts_equal_a_loop(shape, compiled):
-    from upit.kernels import experts
+def outputs_and_gradients(call, given, grad):
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in given]
+    out = call(*leaves)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *[leaves[index].grad for index in (0, 1, 2, 4)]]
 
-    given = inputs(*shape)
-    ours = [t.clone().requires_grad_(t.is_floating_point()) for t in given]
-    theirs = [t.double().requires_grad_() if t.is_floating_point() else t for t in given]
+
+def in_double(given):
+    return [t.double() if t.is_floating_point() else t for t in given]
+
+
+SHAPES = [(1000, 2, 8, 576, 1536), (257, 1, 4, 64, 48), (512, 4, 64, 128, 96), (300, 1, 2, 64, 32)]
+
+
+@pytest.mark.parametrize("skew", [0.0, 2.0], ids=["even", "skewed"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts_equal_a_loop(experts, shape, compiled, skew):
+    given = inputs(*shape, skew=skew)
+    grad = torch.randn_like(given[0])
 
     def call(*args):
         return experts(*args)[0]
 
-    out = (torch.compile(call) if compiled else call)(*ours)
-    reference = loop(*theirs)
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    reference.backward(grad.double())
-    assert relative(out.detach(), reference.detach()) < BF16_ROUNDING
-    for index in (0, 1, 2, 4):
-        assert relative(ours[index].grad, theirs[index].grad) < BF16_ROUNDING, index
-    assert ours[1].grad[1].abs().max() == 0
+    ours = outputs_and_gradients(torch.compile(call, fullgraph=True) if compiled else call, given, grad)
+    theirs = outputs_and_gradients(loop, in_double(given), grad)
+    for found, reference in zip(ours, theirs, strict=True):
+        assert relative(found, reference) < BF16_ROUNDING
+    assert ours[2][1].abs().max() == 0, "an expert without a token has a gradient of zeros"
 
 
-def test_experts_take_views():
-    from upit.kernels import experts
+def test_one_expert_in_half_precision(experts):
+    given = inputs(130, 1, 1, 64, 48, dtype=torch.float16)
+    grad = torch.randn_like(given[0])
+    ours = outputs_and_gradients(lambda *args: experts(*args)[0], given, grad)
+    for found, reference in zip(ours, outputs_and_gradients(loop, in_double(given), grad), strict=True):
+        assert relative(found, reference) < BF16_ROUNDING
 
+
+def test_experts_take_views(experts):
     x, *rest = inputs(128, 2, 4, 64, 32)
     wide = torch.randn(128, 200, device="cuda", dtype=torch.bfloat16)
     wide[:, 10:74] = x
     torch.testing.assert_close(experts(wide[:, 10:74], *rest)[0], experts(x, *rest)[0])
     plain = plain_experts(x, *rest, act_fn=F.silu)
     assert relative(experts(x, *rest)[0], plain) < BF16_ROUNDING
+
+
+def test_experts_take_a_gradient_that_is_not_contiguous(experts):
+    given = inputs(128, 2, 4, 64, 32)
+    ones = torch.ones((), device="cuda", dtype=torch.bfloat16).expand_as(given[0])
+    ours = outputs_and_gradients(lambda *args: experts(*args)[0], given, ones)
+    theirs = outputs_and_gradients(lambda *args: experts(*args)[0], given, ones.contiguous())
+    for found, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, reference)
+
+
+def test_a_captured_graph_follows_another_routing(experts):
+    """Neither grids nor bounds may be those of the capture."""
+    captured, other = inputs(512, 2, 8, 64, 96), inputs(512, 2, 8, 64, 96, skew=3.0, seed=1)
+    static = [t.clone().requires_grad_(t.is_floating_point()) for t in captured]
+    grad = torch.randn_like(captured[0])
+
+    def step():
+        out = experts(*static)[0]
+        return [out.detach(), *torch.autograd.grad(out, [static[index] for index in (0, 1, 2, 4)], grad)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        for old, new in zip(static, other, strict=True):
+            old.copy_(new)
+    graph.replay()
+    for ours, reference in zip(found, outputs_and_gradients(loop, in_double(other), grad), strict=True):
+        assert relative(ours, reference) < BF16_ROUNDING
+
+
+@pytest.mark.parametrize(("name", "hidden", "fused"), [(NAME, 64, True), (NAME, 60, False), (TRITON, 64, False)])
+def test_quack_is_taken_where_it_can_be(monkeypatch, name, hidden, fused):
+    if not has_quack():
+        pytest.skip("needs a Hopper GPU and quack-kernels")
+    x, gate_up, down, *routing = inputs(16, 2, 4, hidden, 32)
+    layer = SimpleNamespace(gate_up_proj=gate_up, down_proj=down, act_fn=nn.SiLU())
+    taken = []
+    for module in ("kernels", "hopper"):
+        monkeypatch.setattr(f"upit.{module}.experts", lambda *args, module=module: (taken.append(module), args[0])[1:])
+    grouped_forward(layer, x, *routing, name=name)
+    assert taken == ["hopper" if fused else "kernels"]
 
 
 @pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4]], [[0], [1], [2]]], ids=["packed", "padded"])
