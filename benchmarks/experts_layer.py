@@ -1,7 +1,7 @@
 """Time of one MoE layer, forward and backward, against stock transformers and a dense FFN of the same FLOPs.
 
     python -m benchmarks.experts_layer [--tokens 16384] [--shapes 576x1536x8 ...] [--load even|skewed|empty]
-        [--variants dense+c grouped_mm grouped_mm+c upit upit+c]
+        [--variants dense+c grouped_mm grouped_mm+c upit upit+c] [--graph]
 
 Medians of CUDA events, bf16 weights; the MoE layers hold Mixtral's router too. Other variants are the names of experts
 that transformers knows: ``eager``, its loop, and ``upit_triton`` and ``upit_quack`` with kernels of one kind.
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from upit import experts
 
@@ -50,16 +50,14 @@ def steer(layer: nn.Module, load: str) -> None:
         layer.gate.register_forward_hook(biased)
 
 
-def measure(layer: nn.Module, tokens: int, hidden: int, *, profile: bool = False) -> float:
+def measure(layer: nn.Module, options: argparse.Namespace, hidden: int, *, profile: bool) -> float:
     """Milliseconds of a forward and backward pass."""
-    x_BTH = torch.randn(1, tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x_BTH = torch.randn(1, options.tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x_BTH)
+    wanted = [x_BTH, *layer.parameters()]
 
     def step():
-        x_BTH.grad = None
-        for param in layer.parameters():
-            param.grad = None
-        layer(x_BTH).backward(grad)
+        torch.autograd.grad(layer(x_BTH), wanted, grad)
 
     for _ in range(3):
         step()
@@ -69,6 +67,8 @@ def measure(layer: nn.Module, tokens: int, hidden: int, *, profile: bool = False
                 step()
             torch.cuda.synchronize()
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
+    if options.graph:
+        return do_bench_cudagraph(step, rep=100, return_mode="median")
     return do_bench(step, warmup=50, rep=300, return_mode="median")
 
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="HIDDENxINNERxEXPERTS")
     parser.add_argument("--load", choices=["even", "skewed", "empty"], default="even")
     parser.add_argument("--variants", nargs="*", default=["dense+c", "grouped_mm", "grouped_mm+c", "upit", "upit+c"])
+    parser.add_argument("--graph", action="store_true", help="as CUDA graphs: the device's time, not the host's")
     parser.add_argument("--profile", action="store_true", help="print where the time of each upit variant goes")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.tokens} tokens, load {options.load}")
@@ -97,7 +98,7 @@ def main() -> None:
                 steer(layer, options.load)
             if compiled:
                 layer.compile()
-            times[name] = measure(layer, options.tokens, hidden, profile=options.profile and "upit" in name)
+            times[name] = measure(layer, options, hidden, profile=options.profile and "upit" in name)
             del layer
             torch.cuda.empty_cache()
         row = [shape, *[f"{times[name]:.2f}" for name in names], f"{times[names[0]] / times[names[-1]]:.2f}"]

@@ -52,9 +52,9 @@ def quack_products(hidden: int, inner: int, experts: int, tokens: int, ends_E: t
         lambda: hopper.gate_and_up(x_TH, up_EJH, tokens_N, bounds_F),
         lambda: hopper.down(hidden_NI, down_EHI, bounds_F),
         lambda: hopper.down_input_gradient(grad_TH, down_EHI, up_NJ, weights_N, tokens_N, bounds_F),
-        lambda: hopper.down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F),
+        lambda: hopper.down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, torch.bfloat16),
         lambda: hopper.gate_and_up_input_gradient(up_NJ, up_EJH, bounds_F),
-        lambda: hopper.gate_and_up_weight_gradient(x_TH, up_NJ, up_EJH, tokens_N, bounds_F),
+        lambda: hopper.gate_and_up_weight_gradient(x_TH, up_NJ, tokens_N, bounds_F, torch.bfloat16),
     ]
 
 

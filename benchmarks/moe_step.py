@@ -19,6 +19,7 @@ import argparse
 import random
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
@@ -143,6 +144,13 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
         step()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / options.steps
+    if options.profile:
+        with torch.profiler.profile() as profiler:
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+        table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=50, max_name_column_width=90)
+        Path(options.profile, f"{variant.replace('+', '_')}.txt").write_text(table)
     tokens = options.rows * LENGTH * options.accumulate
     return {
         "ms": 1000 * seconds,
@@ -162,6 +170,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16, help="of 1,024 tokens in a forward pass")
     parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
+    parser.add_argument("--profile", help="folder for a profile of three steps of each variant")
     parser.add_argument("--steps", type=int, default=15, help="timed, after 5 to warm up")
     options = parser.parse_args()
     print(

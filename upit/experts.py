@@ -49,15 +49,16 @@ def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: 
     Returns: (T, H), dtype of ``x_TH``.
     """
     dtype = compute_dtype(x_TH)
-    inputs = (x_TH.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype), expert_ids_TK, weights_TK)
     if not (x_TH.is_cuda and HAS_TRITON and dtype in HALF and isinstance(self.act_fn, nn.SiLU | SiLUActivation)):
-        return plain_experts(*inputs, act_fn=self.act_fn).to(x_TH.dtype)
+        halves = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        out_TH = plain_experts(x_TH.to(dtype), *halves, expert_ids_TK, weights_TK, act_fn=self.act_fn)
+        return out_TH.to(x_TH.dtype)
     _, hidden, inner = self.down_proj.shape
     if name == QUACK or (name == NAME and hidden % 8 == 0 == inner % 8 and has_quack()):
         from upit.hopper import experts
     else:
         from upit.kernels import experts
-    return experts(*inputs)[0].to(x_TH.dtype)
+    return experts(x_TH.to(dtype), self.gate_up_proj, self.down_proj, expert_ids_TK, weights_TK).to(x_TH.dtype)
 
 
 @torch.compiler.disable  # grouped products of float32 can't be traced

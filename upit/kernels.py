@@ -7,6 +7,8 @@ order. All of it is deterministic: no atomics.
 Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``H`` hidden, ``I`` inner.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -30,9 +32,20 @@ def _count(expert_ids, counts, size, E: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(
-    expert_ids, counts, order, inverse, ends, size, num_blocks, num_experts, E: tl.constexpr, BLOCK: tl.constexpr
+    expert_ids,
+    counts,
+    order,
+    tokens,
+    inverse,
+    bounds,
+    size,
+    num_blocks,
+    num_experts,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Stable counting sort: where each assignment of a block goes, and where each expert's rows end."""
+    """Stable counting sort: where each assignment of a block goes, and where each expert's rows start and end."""
     block = tl.program_id(0)
     experts = tl.arange(0, E)
     totals = tl.zeros((E,), dtype=tl.int32)
@@ -49,50 +62,57 @@ def _place(
     places = tl.cumsum(hits, axis=0) - 1 + (ends_E - totals + before)[None, :]
     place = tl.sum(places * hits, axis=1)
     tl.store(order + place, n.to(tl.int32), mask=n < size)
+    tl.store(tokens + place, (n // K).to(tl.int32), mask=n < size)
     tl.store(inverse + n, place, mask=n < size)
     if block == 0:
-        tl.store(ends + experts, ends_E, mask=experts < num_experts)
+        tl.store(bounds, 0)
+        tl.store(bounds + 1 + experts, ends_E, mask=experts < num_experts)
 
 
-def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the assignments by expert, stable.
+class Sorted(NamedTuple):
+    """The assignments sorted by expert, stable; all int32."""
 
-    Returns: int32 ``order_N`` (assignment at each sorted row), ``inverse_N`` (sorted row of each assignment), and
-        ``ends_E`` (sorted row behind each expert's last).
-    """
-    size = expert_ids_TK.numel()
+    order_N: Tensor  # assignment at each sorted row
+    tokens_N: Tensor  # its token
+    inverse_N: Tensor  # sorted row of each assignment
+    bounds_F: Tensor  # where each expert's rows start, and the end of the last
+
+
+def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> Sorted:
+    """Order of the assignments by expert."""
+    size, top_k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
     width = triton.next_power_of_2(num_experts)
     blocks = triton.cdiv(size, ASSIGNMENTS)
     ids_N = expert_ids_TK.contiguous()
-    empty = torch.empty
-    counts = empty(blocks, width, dtype=torch.int32, device=ids_N.device)
-    order_N, inverse_N = (empty(size, dtype=torch.int32, device=ids_N.device) for _ in range(2))
-    ends_E = empty(num_experts, dtype=torch.int32, device=ids_N.device)
+    make: dict[str, Any] = {"dtype": torch.int32, "device": ids_N.device}
+    counts = torch.empty(blocks, width, **make)
+    order_N, tokens_N, inverse_N = (torch.empty(size, **make) for _ in range(3))
+    found = Sorted(order_N, tokens_N, inverse_N, torch.empty(num_experts + 1, **make))
     wrap_triton(_count)[(blocks,)](ids_N, counts, size, E=width, BLOCK=ASSIGNMENTS)
     wrap_triton(_place)[(blocks,)](
-        ids_N, counts, order_N, inverse_N, ends_E, size, blocks, num_experts, E=width, BLOCK=ASSIGNMENTS
+        ids_N, counts, *found, size, blocks, num_experts, K=top_k, E=width, BLOCK=ASSIGNMENTS
     )
-    return order_N, inverse_N, ends_E
+    return found
 
 
 @triton.jit
-def _gather_tokens(source, order, out, top_k, width, stride, BLOCK: tl.constexpr):
+def _gather_tokens(source, tokens, out, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    token = tl.load(order + row) // top_k
+    token = tl.load(tokens + row)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     values = tl.load(source + token.to(tl.int64) * stride + columns, mask=inside)
     tl.store(out + row * width + columns, values, mask=inside)
 
 
-def gather_tokens(source_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+def gather_tokens(source_TH: Tensor, tokens_N: Tensor) -> Tensor:
     """Each sorted row's token, (N, H)."""
     source_TH = source_TH if source_TH.stride(-1) == 1 else source_TH.contiguous()
     width = source_TH.shape[1]
-    out_NH = torch.empty(len(order_N), width, dtype=source_TH.dtype, device=source_TH.device)
+    out_NH = torch.empty(len(tokens_N), width, dtype=source_TH.dtype, device=source_TH.device)
     block = min(4096, triton.next_power_of_2(width))
-    grid = (len(order_N), triton.cdiv(width, block))
-    wrap_triton(_gather_tokens)[grid](source_TH, order_N, out_NH, top_k, width, source_TH.stride(0), BLOCK=block)
+    grid = (len(tokens_N), triton.cdiv(width, block))
+    wrap_triton(_gather_tokens)[grid](source_TH, tokens_N, out_NH, width, source_TH.stride(0), BLOCK=block)
     return out_NH
 
 
@@ -189,25 +209,63 @@ def weighted_swiglu_backward(
     return out_NI, grad_gate_up_NJ, grad_weights_N
 
 
-@triton_op("upit::experts", mutates_args={})
-def experts(
-    x_TH: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Dropless SwiGLU experts in half precision; the compiler sees through it and launches the kernels itself.
+def differentiable(forward, backward):
+    """A differentiable function of the parameters as they are, of two ops that take them in the dtype of the tokens.
 
-    Returns: ``out_TH``, and for the backward pass ``gate_up_NJ``, ``order_N``, ``inverse_N``, ``ends_E``.
+    So gradients of float32 parameters are float32 from the start, in place of half precision and a cast.
+
+    Args:
+        forward, backward: with the arguments and results of :func:`_forward` and :func:`_backward`.
     """
-    top_k = expert_ids_TK.shape[1]
-    order_N, inverse_N, ends_E = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
-    x_NH = gather_tokens(x_TH, order_N, top_k)
-    gate_up_NJ = F.grouped_mm(x_NH, gate_up_EJH.transpose(1, 2), offs=ends_E)
+
+    def gradients(ctx, grad_TH, *_):
+        weights_TK = ctx.saved_tensors[3]
+        grad_x_TH, *grads, grad_weights_TK = backward(grad_TH, *ctx.saved_tensors, ctx.dtype)
+        return grad_x_TH, None, None, None, grad_weights_TK.to(weights_TK.dtype), *grads
+
+    def call(x_TH: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Dropless SwiGLU experts in half precision, the dtype of ``x_TH``; parameters in any. Returns: (T, H)."""
+        halves = [param.detach().to(x_TH.dtype) for param in (gate_up_EJH, down_EHI)]
+        return forward(x_TH, *halves, expert_ids_TK, weights_TK, gate_up_EJH, down_EHI)[0]
+
+    forward.register_autograd(gradients, setup_context=_save)
+    return call
+
+
+def _save(ctx, inputs, output) -> None:
+    x_TH, gate_up_EJH, down_EHI, _, weights_TK, *params = inputs
+    ctx.dtype = params[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_TH, gate_up_EJH, down_EHI, weights_TK, *output[1:])
+
+
+@triton_op("upit::experts", mutates_args={})
+def _forward(
+    x_TH: Tensor,
+    gate_up_EJH: Tensor,
+    down_EHI: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_param: Tensor,
+    down_param: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The compiler sees through it and launches the kernels itself.
+
+    Args:
+        gate_up_param, down_param: what ``gate_up_EJH`` and ``down_EHI`` were cast from, for their gradients only.
+    Returns: ``out_TH``, and for the backward pass ``gate_up_NJ`` and the fields of :class:`Sorted`.
+    """
+    order_N, tokens_N, inverse_N, bounds_F = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
+    x_NH = gather_tokens(x_TH, tokens_N)
+    gate_up_NJ = F.grouped_mm(x_NH, gate_up_EJH.transpose(1, 2), offs=bounds_F[1:])
     hidden_NI = weighted_swiglu(gate_up_NJ, weights_TK.contiguous(), order_N)
-    out_NH = F.grouped_mm(hidden_NI, down_EHI.transpose(1, 2), offs=ends_E)
-    return sum_by_token(out_NH, inverse_N, top_k), gate_up_NJ, order_N, inverse_N, ends_E
+    out_NH = F.grouped_mm(hidden_NI, down_EHI.transpose(1, 2), offs=bounds_F[1:])
+    out_TH = sum_by_token(out_NH, inverse_N, expert_ids_TK.shape[1])
+    return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F
 
 
 @triton_op("upit::experts_backward", mutates_args={})
-def experts_backward(
+def _backward(
     grad_TH: Tensor,
     x_TH: Tensor,
     gate_up_EJH: Tensor,
@@ -215,39 +273,24 @@ def experts_backward(
     weights_TK: Tensor,
     gate_up_NJ: Tensor,
     order_N: Tensor,
+    tokens_N: Tensor,
     inverse_N: Tensor,
-    ends_E: Tensor,
+    bounds_F: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``x_TH``, ``gate_up_EJH``, ``down_EHI`` and (float32) ``weights_TK``."""
-    top_k = weights_TK.shape[1]
-    grad_NH = gather_tokens(grad_TH, order_N, top_k)
+    """Gradients of ``x_TH``, of both parameters in ``dtype``, and (float32) of ``weights_TK``."""
+    ends_E = bounds_F[1:]
+    grad_NH = gather_tokens(grad_TH, tokens_N)
     grad_hidden_NI = F.grouped_mm(grad_NH, down_EHI, offs=ends_E)
     hidden_NI, grad_gate_up_NJ, grad_weights_N = weighted_swiglu_backward(
         gate_up_NJ, weights_TK.contiguous(), order_N, grad_hidden_NI
     )
-    grad_down_EHI = F.grouped_mm(grad_NH.t(), hidden_NI, offs=ends_E)
+    grad_down_EHI = F.grouped_mm(grad_NH.t(), hidden_NI, offs=ends_E).to(dtype)
     grad_x_NH = F.grouped_mm(grad_gate_up_NJ, gate_up_EJH, offs=ends_E)
-    x_NH = gather_tokens(x_TH, order_N, top_k)
-    grad_gate_up_EJH = F.grouped_mm(grad_gate_up_NJ.t(), x_NH, offs=ends_E)
-    grad_x_TH = sum_by_token(grad_x_NH, inverse_N, top_k)
+    x_NH = gather_tokens(x_TH, tokens_N)
+    grad_gate_up_EJH = F.grouped_mm(grad_gate_up_NJ.t(), x_NH, offs=ends_E).to(dtype)
+    grad_x_TH = sum_by_token(grad_x_NH, inverse_N, weights_TK.shape[1])
     return grad_x_TH, grad_gate_up_EJH, grad_down_EHI, grad_weights_N.view_as(weights_TK)
 
 
-def _save(ctx, inputs, output) -> None:
-    x_TH, gate_up_EJH, down_EHI, _, weights_TK = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_TH, gate_up_EJH, down_EHI, weights_TK, *output[1:])
-
-
-def differentiable(forward, backward) -> None:
-    """Let autograd take ``backward``, with :func:`experts_backward`'s arguments, for ``forward``."""
-
-    def gradients(ctx, grad_TH, *_):
-        weights_TK = ctx.saved_tensors[3]
-        *grads, grad_weights_TK = backward(grad_TH, *ctx.saved_tensors)
-        return *grads, None, grad_weights_TK.to(weights_TK.dtype)
-
-    forward.register_autograd(gradients, setup_context=_save)
-
-
-differentiable(experts, experts_backward)
+experts = differentiable(_forward, _backward)

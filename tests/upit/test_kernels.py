@@ -74,10 +74,7 @@ def test_experts_equal_a_loop(experts, shape, compiled, skew):
     given = inputs(*shape, skew=skew)
     grad = torch.randn_like(given[0])
 
-    def call(*args):
-        return experts(*args)[0]
-
-    ours = outputs_and_gradients(torch.compile(call, fullgraph=True) if compiled else call, given, grad)
+    ours = outputs_and_gradients(torch.compile(experts, fullgraph=True) if compiled else experts, given, grad)
     theirs = outputs_and_gradients(loop, in_double(given), grad)
     for found, reference in zip(ours, theirs, strict=True):
         assert relative(found, reference) < BF16_ROUNDING
@@ -87,25 +84,38 @@ def test_experts_equal_a_loop(experts, shape, compiled, skew):
 def test_one_expert_in_half_precision(experts):
     given = inputs(130, 1, 1, 64, 48, dtype=torch.float16)
     grad = torch.randn_like(given[0])
-    ours = outputs_and_gradients(lambda *args: experts(*args)[0], given, grad)
+    ours = outputs_and_gradients(experts, given, grad)
     for found, reference in zip(ours, outputs_and_gradients(loop, in_double(given), grad), strict=True):
         assert relative(found, reference) < BF16_ROUNDING
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_float32_parameters_are_float32(experts, compiled, request):
+    x, gate_up, down, *routing = inputs(512, 2, 4, 64, 32)
+    given = [x, gate_up.float(), down.float(), *routing]
+    grad = torch.randn_like(x)
+    ours = outputs_and_gradients(torch.compile(experts, fullgraph=True) if compiled else experts, given, grad)
+    for found, reference in zip(ours, outputs_and_gradients(loop, in_double(given), grad), strict=True):
+        assert relative(found, reference) < BF16_ROUNDING
+    assert [found.dtype for found in ours[2:4]] == [torch.float32] * 2
+    if request.node.callspec.params["experts"] == "hopper":
+        assert not torch.equal(ours[2], ours[2].bfloat16().float()), "never rounded to half precision"
 
 
 def test_experts_take_views(experts):
     x, *rest = inputs(128, 2, 4, 64, 32)
     wide = torch.randn(128, 200, device="cuda", dtype=torch.bfloat16)
     wide[:, 10:74] = x
-    torch.testing.assert_close(experts(wide[:, 10:74], *rest)[0], experts(x, *rest)[0])
+    torch.testing.assert_close(experts(wide[:, 10:74], *rest), experts(x, *rest))
     plain = plain_experts(x, *rest, act_fn=F.silu)
-    assert relative(experts(x, *rest)[0], plain) < BF16_ROUNDING
+    assert relative(experts(x, *rest), plain) < BF16_ROUNDING
 
 
 def test_experts_take_a_gradient_that_is_not_contiguous(experts):
     given = inputs(128, 2, 4, 64, 32)
     ones = torch.ones((), device="cuda", dtype=torch.bfloat16).expand_as(given[0])
-    ours = outputs_and_gradients(lambda *args: experts(*args)[0], given, ones)
-    theirs = outputs_and_gradients(lambda *args: experts(*args)[0], given, ones.contiguous())
+    ours = outputs_and_gradients(experts, given, ones)
+    theirs = outputs_and_gradients(experts, given, ones.contiguous())
     for found, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, reference)
 
@@ -117,7 +127,7 @@ def test_a_captured_graph_follows_another_routing(experts):
     grad = torch.randn_like(captured[0])
 
     def step():
-        out = experts(*static)[0]
+        out = experts(*static)
         return [out.detach(), *torch.autograd.grad(out, [static[index] for index in (0, 1, 2, 4)], grad)]
 
     stream = torch.cuda.Stream()
@@ -144,7 +154,7 @@ def test_quack_is_taken_where_it_can_be(monkeypatch, name, hidden, fused):
     layer = SimpleNamespace(gate_up_proj=gate_up, down_proj=down, act_fn=nn.SiLU())
     taken = []
     for module in ("kernels", "hopper"):
-        monkeypatch.setattr(f"upit.{module}.experts", lambda *args, module=module: (taken.append(module), args[0])[1:])
+        monkeypatch.setattr(f"upit.{module}.experts", lambda *args, module=module: (taken.append(module), args[0])[1])
     grouped_forward(layer, x, *routing, name=name)
     assert taken == ["hopper" if fused else "kernels"]
 
