@@ -1,7 +1,7 @@
 """Expert expansion: any number of experts from M checkpoints (arXiv:2410.01610, Algorithm 2)."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from upit.distributed import on_rank_zero
 from upit.files import digest, seeded
 from upit.merging import Dare, Merge
 from upit.pool import Expert, write_once
+from upit.resident import Residence, checked_device, residence_on
 from upit.selection import Even, MostDissimilar, Parents, Selection
 from upit.similarity import Cosine, Score, Similarity, Track, untracked
 
@@ -39,6 +40,7 @@ def expand(
     seed: int = 0,
     score: Score | None = None,
     track: Track = untracked,
+    device: str = "cpu",
 ) -> Expansion:
     """N experts from a pool of M; a collective, of which rank 0 does all but the scoring.
 
@@ -54,11 +56,14 @@ def expand(
         merge, parents, selection, similarity: default ``Dare()``, ``MostDissimilar()``, ``Even()``, ``Cosine()``.
         score: losses of an expert on seed examples, for a similarity that compares them.
         track: wraps the tensor names of each pass, for a progress bar.
-    Raises: ValueError: N < 1, fewer than two experts to merge, or parents that can't be chosen.
+        device: "cpu", "cuda" or "cuda:N". A GPU keeps the experts that fit into its free memory, and reads the others
+            from their files each time. It draws masks of its own, so its children are others than the CPU's.
+    Raises: ValueError: N < 1, fewer than two experts to merge, parents that can't be chosen, or no such device.
     """
+    residence = residence_on(checked_device(device, "device"), base.shapes, max(num_experts, len(pool)))
     merge, parents, similarity = merge or Dare(), parents or MostDissimilar(), similarity or Cosine()
     check_choices(len(pool), num_experts, parents, metrics_of(pool))
-    experts = list(pool)
+    *experts, base = _at(residence, [*pool, base])
     products = _products(similarity, experts, len(experts), base, score, track)
     if num_experts < len(pool):
         chosen = (selection or Even()).choose(similarity.matrix(products), num_experts)
@@ -71,12 +76,12 @@ def expand(
         used.add((j, k))
         birth = _birth(number, (j, k), float(matrix[j, k]), seed)
         birth |= {"merge": merge.describe(), "chosen_by": [parents.describe(), similarity.describe()]}
-        child = _child([experts[j], experts[k]], base, birth, merge, output, track)
+        child = _child([experts[j], experts[k]], base, birth, merge, output, track, residence)
         lineage.append(_entry(len(experts), child, similarity) | {"drop_rate": getattr(merge, "drop_rate", None)})
         experts.append(child)
         row = _products(similarity, experts, 1, base, score, track)
         products = torch.cat([torch.cat([products, row[:, :-1].T], dim=1), row])
-    return Expansion(experts, lineage, similarity.matrix(products).tolist())
+    return Expansion(_at(None, experts) if residence else experts, lineage, similarity.matrix(products).tolist())
 
 
 def check_choices(available: int, num_experts: int, parents: Parents, metrics: Collection[str]) -> None:
@@ -96,6 +101,11 @@ def check_choices(available: int, num_experts: int, parents: Parents, metrics: C
                 "harvest more often"
             )
         parents.check(metrics)
+
+
+def _at(residence: Residence | None, experts: Sequence[Expert]) -> list[Expert]:
+    """The experts, read to a residence."""
+    return [replace(expert, residence=residence) for expert in experts]
 
 
 def metrics_of(experts: Iterable[Expert]) -> set[str]:
@@ -131,19 +141,27 @@ def _birth(number: int, pair: tuple[int, int], similarity: float, seed: int) -> 
 
 
 def _child(
-    parents: Sequence[Expert], base: Expert, birth: dict[str, Any], merge: Merge, output: Path, track: Track
+    parents: Sequence[Expert],
+    base: Expert,
+    birth: dict[str, Any],
+    merge: Merge,
+    output: Path,
+    track: Track,
+    residence: Residence | None,
 ) -> Expert:
     """Write the child of two experts."""
     number, seed = birth["round"], birth["seed"]
     weights = [birth["alpha"], birth["beta"]]
     ancestors = [base.sha256, *(parent.sha256 for parent in parents)]
-    fingerprint = digest([ancestors, weights, merge.describe(), seed, number])
+    device = [residence.device.type] if residence else []  # which draws masks, and rounds, in its own way
+    fingerprint = digest([ancestors, weights, merge.describe(), seed, number, *device])
+    path = output / f"merged_{number:02d}.safetensors"
 
     def child(name: str) -> tuple[str, Tensor]:
         generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]
-        return name, merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
+        merged = merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
+        return name, residence.write(path, name, merged) if residence else merged
 
     tensors = ahead(child, track(base.shapes, f"(merge {number + 1})"))
-    path = output / f"merged_{number:02d}.safetensors"
     sha256 = on_rank_zero(lambda: write_once(path, tensors, parents[0].specs, fingerprint))
-    return Expert(path, sha256, parents[0].dtype, origin=birth)
+    return Expert(path, sha256, parents[0].dtype, origin=birth, residence=residence)

@@ -82,11 +82,19 @@ class TensorFiles(Mapping[str, Entry]):
         view._entries, view._finite = {new: self._entries[old] for new, old in names.items()}, set()
         return view
 
-    def read(self, name: str, rows: slice = slice(None), *, out: Tensor | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        rows: slice = slice(None),
+        *,
+        out: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """A tensor, or some of its rows (a contiguous range of its first dimension), read from disk now.
 
         Args:
             out: contiguous tensor of the same shape and dtype to read into; fresh memory costs more than the reading.
+            device: where the tensor goes then, and is checked; best from an ``out`` in pinned memory.
         Raises: TensorFileError: it holds NaN or infinity.
         """
         entry = self._entries[name]
@@ -100,6 +108,7 @@ class TensorFiles(Mapping[str, Entry]):
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + first * (tensor.nbytes // max(1, last - first)))
             _fill(_bytes_of(tensor), stream, entry.file)
+        tensor = tensor.to(device=device)
         if name not in self._finite:
             check_finite(tensor, name, entry.file)
             if tensor.shape == entry.shape:
