@@ -32,7 +32,9 @@ def _gram(
         inside = there & (columns < size)
         deltas = tl.load(tl.multiple_of(addresses + columns, [1, 16]), mask=inside, other=0.0).to(tl.float32)
         if AGAINST_BASE:
-            deltas -= tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
+            places = (tl.program_id(0) * TILES + tile) * (FOLD * COLUMNS) + tl.arange(0, FOLD * COLUMNS)
+            origin = tl.load(base + places, mask=places < size, other=0.0).to(tl.float32).reshape(FOLD, 1, COLUMNS)
+            deltas -= tl.broadcast_to(origin, (FOLD, ROWS // FOLD, COLUMNS)).reshape(ROWS, COLUMNS)
         total += tl.dot(deltas, tl.trans(deltas), input_precision="tf32x3").to(tl.float64)
     places = (tl.program_id(0) * ROWS + rows[:, None]) * ROWS + rows[None, :]
     tl.store(sums + places, total)
