@@ -124,9 +124,8 @@ def whole(folder: Path, experts: int, layers: int, device: str) -> None:
     seconds: dict[str, float] = defaultdict(float)
 
     def track(names: Sequence[str], what: str = "") -> Iterator[str]:
-        key = (
-            "merging and writing" if "merge" in what else "comparing new experts" if seconds else "reading, comparing"
-        )
+        key = what if seconds else "reading (similarity)"
+        key = "merging" if "merge" in key else key
         start = time.perf_counter()
         yield from names
         seconds[key] += time.perf_counter() - start

@@ -3,7 +3,9 @@
 Shapes: ``M`` experts, ``P`` parameters of one tensor, ``B`` blocks, ``R`` rows of a tile (M rounded up).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 
 import torch
 import triton
@@ -13,6 +15,16 @@ from torch import Tensor
 COLUMNS = 64  # of a tile, whose products are summed in float32; the tiles' sums in float64
 TILES = 128  # of one program
 QUARTERS = 16  # a quarter of a tensor is a multiple of it, so that all four are read in vectors
+
+
+_LOCK = Lock()
+
+
+@contextmanager
+def _launching(tensor: Tensor) -> Iterator[None]:
+    """For threads that launch kernels: each has a current device of its own, and one at a time may compile."""
+    with _LOCK, torch.cuda.device_of(tensor):
+        yield
 
 
 @triton.jit
@@ -76,14 +88,15 @@ def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Ten
     kind = tensors[0].dtype if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
     tensors = [tensor.to(kind) for tensor in tensors]
     count, size, device = len(tensors), tensors[0].numel(), tensors[0].device
-    table_M = torch.tensor([tensor.data_ptr() for tensor in tensors]).to(device)
+    addresses_M = torch.tensor([tensor.data_ptr() for tensor in tensors], pin_memory=device.type == "cuda")
+    table_M = addresses_M.to(device, non_blocking=True)  # else the host would wait for the tensor before
     width = triton.next_power_of_2(count)
     rows = max(16, width)
-    columns, fold = (4 * COLUMNS, 1) if new == 1 else (COLUMNS, rows // width)
-    blocks = triton.cdiv(size, columns * fold * TILES)
-    shape = {"ROWS": rows, "COLUMNS": columns, "TILES": TILES, "AGAINST_BASE": base is not None}
+    columns, tiles, fold = (4 * COLUMNS, TILES // 4, 1) if new == 1 else (COLUMNS, TILES, rows // width)
+    blocks = triton.cdiv(size, columns * tiles * fold)
+    shape = {"ROWS": rows, "COLUMNS": columns, "TILES": tiles, "AGAINST_BASE": base is not None}
     given = (table_M, tensors[-1], tensors[-1] if base is None else base)
-    with torch.cuda.device_of(table_M):  # a thread's own current device is another
+    with _launching(table_M):
         if new == 1:
             sums_BR = torch.empty(blocks, rows, dtype=torch.float64, device=device)
             _row[(blocks,)](*given, sums_BR, size, count, **shape, num_warps=4)
@@ -124,7 +137,7 @@ def dare(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor, *, d
     quarter = triton.cdiv(one.numel(), 4 * QUARTERS) * QUARTERS
     scales = [weight / (1.0 - drop_rate) for weight in weights]
     block = 1024
-    with torch.cuda.device_of(base):
+    with _launching(base):
         _dare[(triton.cdiv(quarter, block),)](
             base, one, other, out, one.numel(), quarter, seed, round(drop_rate * 2**16), *scales, BLOCK=block
         )

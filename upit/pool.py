@@ -45,11 +45,13 @@ class Expert:
     origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
     rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
     names: Mapping[str, str] | None = None  # what the file calls each tensor, where that differs
-    residence: "Residence | None" = field(default=None, compare=False)  # a device that its tensors are read to
+    residence: "Residence | None" = None  # a device that its tensors are read to
 
     @cached_property
     def tensors(self) -> TensorFiles:
-        """What the file holds."""
+        """What the file holds; one that is still being written is waited for."""
+        if self.residence:
+            self.residence.wait_for(self.file)
         files = TensorFiles(self.file)
         return files.renamed(self.names) if self.names else files
 
@@ -133,11 +135,17 @@ def write_once(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, 
         fingerprint: of all that the tensors depend on, see :func:`upit.files.digest`.
     Returns: the file's sha256.
     """
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("fingerprint") == fingerprint:
-                return file_sha256(path)
+    if is_written(path, fingerprint):
+        return file_sha256(path)
     return write_expert(path, tensors, specs, {"fingerprint": fingerprint})
+
+
+def is_written(path: Path, fingerprint: str) -> bool:
+    """Whether a file is there under this fingerprint."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
 class Pool:

@@ -1,21 +1,22 @@
 """Experts whose tensors stay on a GPU from one pass of an expansion to the next."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from upit.pool import Expert
+from upit.ahead import ahead
+from upit.pool import Expert, is_written, write_once
+from upit.tensor_files import Specs, size_of
 
 CPU = torch.device("cpu")
+WRITERS = 4  # files at a time; a file's sha256 takes one core longer than merging takes the GPU; ours
 
 
 class Residence:
@@ -31,6 +32,8 @@ class Residence:
         self._free = budget
         self._kept: dict[tuple[Path, str], Tensor] = {}  # by file and name in it
         self._lock = Lock()
+        self._writers = ThreadPoolExecutor(WRITERS)
+        self._files: dict[Path, Future[str]] = {}
 
     def read(self, expert: Expert, name: str) -> Tensor:
         """One tensor on the device; if it is not there yet, by way of pinned memory."""
@@ -39,22 +42,36 @@ class Residence:
             return self._kept[key]
         entry = expert.tensors[name]
         tensor = expert.tensors.read(name, out=self._staging(entry.shape, entry.dtype), device=self.device)
-        self._keep(key, tensor)
-        return tensor
-
-    def write(self, file: Path, name: str, tensor: Tensor) -> Tensor:
-        """Keep a tensor that is going to be in a file.
-
-        Returns: the same on the host.
-        """
-        self._keep((file, name), tensor)
-        return self._staging(tensor.shape, tensor.dtype).copy_(tensor)
-
-    def _keep(self, key: tuple[Path, str], tensor: Tensor) -> None:
         with self._lock:
             if tensor.nbytes <= self._free:
                 self._free -= tensor.nbytes
                 self._kept[key] = tensor
+        return tensor
+
+    def write_once(self, file: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> None:
+        """:func:`upit.pool.write_once` of tensors on the device, in the background; they stay there if all can."""
+        if size_of(specs) <= self._free and not is_written(file, fingerprint):
+            self._free -= size_of(specs)
+            tensors = list(tensors)
+            self._kept |= {(file, name): tensor for name, tensor in tensors}
+        content = ahead(lambda pair: (pair[0], self._on_host(pair[1])), tensors)
+        self._files[file] = self._writers.submit(write_once, file, content, specs, fingerprint)
+
+    def wait_for(self, file: Path) -> None:
+        """Wait until a file of :meth:`write_once` is complete."""
+        if file in self._files:
+            self._files[file].result()
+
+    def written(self, track: Callable[..., Iterable[Path]]) -> dict[Path, str]:
+        """sha256 of all files of :meth:`write_once`, once they are complete."""
+        return {file: self._files[file].result() for file in track(self._files, "(writing)")}
+
+    def close(self) -> None:
+        """Let the files be complete."""
+        self._writers.shutdown()
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        return self._staging(tensor.shape, tensor.dtype).copy_(tensor)
 
     def _staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory to copy from and to; torch keeps what was pinned for the next tensor."""
@@ -80,13 +97,18 @@ def checked_device(name: str, field: str) -> torch.device:
     return torch.device("cuda", int(index) if index else torch.cuda.current_device())
 
 
-def residence_on(device: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> Residence | None:
+@contextmanager
+def residence_on(
+    device: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int
+) -> Iterator[Residence | None]:
     """A GPU's residence for as many tensors as its free memory holds beside the work on two; None on the CPU."""
     if device.type == "cpu":
-        return None
+        yield None
+        return
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Residence(device, free - working_memory(shapes, num_experts))
+    with closing(Residence(device, free - working_memory(shapes, num_experts))) as residence:
+        yield residence
 
 
 def working_memory(shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> int:

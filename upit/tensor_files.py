@@ -172,8 +172,7 @@ def write_checkpoint(
         write_tensors(directory / file, islice(content, len(shard)), shard, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
-        total = sum(_size(*spec) for spec in specs.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map})
 
 
 def _shards(specs: Specs, max_bytes: int) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -188,6 +187,11 @@ def _shards(specs: Specs, max_bytes: int) -> dict[str, dict[str, tuple[torch.dty
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def size_of(specs: Specs) -> int:
+    """Bytes of all tensors."""
+    return sum(_size(*spec) for spec in specs.values())
 
 
 def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -1,6 +1,8 @@
 """What stays on a device between the passes of an expansion, and which devices there are."""
 
 import struct
+import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,9 @@ from safetensors import safe_open
 from tests.upit.pools import make_pool
 from upit import expansion
 from upit.expansion import expand
+from upit.pool import file_sha256, write_once
 from upit.resident import CPU, Residence, checked_device, working_memory
+from upit.similarity import Functional, untracked
 from upit.tensor_files import TensorFileError, TensorFiles
 
 EVERYTHING = 10**9
@@ -36,6 +40,11 @@ def reads(monkeypatch):
 
 def run(pool, output, **kwargs):
     return expand(pool.experts, pool.base, num_experts=6, output=output, **kwargs)
+
+
+def reside(monkeypatch, budget):
+    """Let expansions keep tensors, as on a GPU."""
+    monkeypatch.setattr(expansion, "residence_on", lambda *_: closing(Residence(CPU, budget)))
 
 
 def fingerprint(expert):
@@ -89,7 +98,7 @@ def test_parameters_that_are_not_finite_are_refused(pool):
 @pytest.mark.parametrize("budget", [0, EVERYTHING])
 def test_an_expansion_in_residence(pool, tmp_path, monkeypatch, reads, budget):
     expected = run(pool, tmp_path / "out")
-    monkeypatch.setattr(expansion, "residence_on", lambda *_: Residence(CPU, budget))
+    reside(monkeypatch, budget)
     reads.clear()
     found = run(pool, tmp_path / "resident")
     assert len(reads) == 4 * len(pool.base.shapes) or budget == 0, "base and experts once, children never"
@@ -107,7 +116,7 @@ def test_a_crash_loses_no_finished_child(pool, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(expansion, "residence_on", lambda *_: Residence(CPU, EVERYTHING))
+    reside(monkeypatch, EVERYTHING)
     with pytest.raises(KeyboardInterrupt):
         run(pool, tmp_path / "out", track=crash)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -116,6 +125,39 @@ def test_a_crash_loses_no_finished_child(pool, tmp_path, monkeypatch):
     again, fresh = run(pool, tmp_path / "out"), run(pool, tmp_path / "fresh")
     assert [file.stat().st_mtime_ns for file in files] == before
     assert [expert.sha256 for expert in again.experts] == [expert.sha256 for expert in fresh.experts]
+
+
+def test_files_are_written_in_the_background_and_complete_at_the_end(tmp_path, monkeypatch):
+    def slowly(*args):
+        time.sleep(0.1)
+        return write_once(*args)
+
+    monkeypatch.setattr("upit.resident.write_once", slowly)
+    file, tensor = tmp_path / "child.safetensors", torch.ones(3)
+    with closing(Residence(CPU, EVERYTHING)) as residence:
+        residence.write_once(file, [("tensor", tensor)], {"tensor": (torch.float32, (3,))}, "fingerprint")
+        assert not file.exists()
+    assert file.exists()
+    assert residence.written(untracked) == {file: file_sha256(file)}
+
+
+def test_a_file_that_cannot_be_written_ends_the_expansion(pool, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    reside(monkeypatch, EVERYTHING)
+    monkeypatch.setattr("upit.resident.write_once", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(pool, tmp_path / "out")
+
+
+def test_losses_are_those_of_children_on_disk(pool, tmp_path, monkeypatch):
+    def score(expert):
+        assert file_sha256(expert.file) == expert.sha256
+        return torch.stack([expert.get_slice(name)[:].abs().mean() for name in sorted(expert.shapes)])
+
+    reside(monkeypatch, EVERYTHING)
+    assert len(run(pool, tmp_path / "out", similarity=Functional(), score=score).experts) == 6
 
 
 def test_working_memory_is_of_the_largest_tensor():
