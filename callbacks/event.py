@@ -22,6 +22,7 @@ from upit.expansion import Expansion, expand
 from upit.files import write_json
 from upit.merging import Dare, Merge
 from upit.pool import Expert
+from upit.resident import checked_device
 from upit.selection import MostDissimilar, Parents
 from upit.similarity import Cosine, Similarity
 
@@ -48,6 +49,7 @@ class UpcyclingEvent(Callback):
         similarity: Similarity | None,
         drift_examples: int,
         seed: int,
+        expansion_device: str,
     ) -> None:
         if (at_epoch is None) == (at_step is None):
             raise ValueError(f"give one of at_epoch and at_step: got at_epoch={at_epoch}, at_step={at_step}")
@@ -60,6 +62,7 @@ class UpcyclingEvent(Callback):
         self.similarity = similarity or Cosine()
         self.drift_examples = drift_examples
         self.seed = seed
+        self.expansion_device = expansion_device
         self.wall_seconds: dict[str, float] = {}
 
     # --- before the fit ------------------------------------------------------------------------------
@@ -68,6 +71,7 @@ class UpcyclingEvent(Callback):
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
             require_upcycling(pl_module, self)
+            checked_device(self.expansion_device, f"{type(self).__name__}.expansion_device")
             if trainer.fast_dev_run:
                 _widen_fast_dev_run(trainer)
             self.plan(trainer, pl_module)
@@ -151,6 +155,7 @@ class UpcyclingEvent(Callback):
             parents=self.parents,
             similarity=self.similarity,
             seed=self.seed,
+            device=self.expansion_device,
             track=self.bar("Expanding experts"),
             **choices,
         )

@@ -34,6 +34,8 @@ class ExpertGrowth(UpcyclingEvent):
         router: rows of the new experts; default ``MergedRows()``.
         drift_examples: held-out examples whose logits are compared before and after.
         seed: of all that is drawn; default the run's ``seed_everything`` and 1, so that nothing is drawn twice.
+        expansion_device: what merges and compares experts: "cpu", "cuda" (the process's own) or "cuda:N". A GPU keeps
+            the experts that fit into what training leaves free; it draws other masks than the CPU.
     Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
     """
 
@@ -53,9 +55,10 @@ class ExpertGrowth(UpcyclingEvent):
         router: NewRows | None = None,
         drift_examples: int = 64,
         seed: int | None = None,
+        expansion_device: str = "cpu",
     ) -> None:
         own_seed = run_seed() + 1 if seed is None else seed
-        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed)
+        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
         if self.similarity.needs_losses:
             raise ValueError(
                 f"ExpertGrowth.similarity={self.similarity} compares losses on seed data, of which growth has none; "

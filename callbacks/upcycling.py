@@ -41,6 +41,8 @@ class Upcycling(UpcyclingEvent):
         drift_examples: held-out examples whose logits are compared before and after the swap.
         seed: of all that is drawn (alphas, masks, noise, seed data, starting vectors); default the run's
             ``seed_everything``.
+        expansion_device: what merges and compares experts: "cpu", "cuda" (the process's own) or "cuda:N". A GPU keeps
+            the experts that fit into what training leaves free; it draws other masks than the CPU.
     Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
 
     A metric of one phase does not exist in the other: ``EarlyStopping`` on ``moe/val_loss`` needs ``strict: false``.
@@ -66,9 +68,10 @@ class Upcycling(UpcyclingEvent):
         non_experts: NonExperts | None = None,
         drift_examples: int = 64,
         seed: int | None = None,
+        expansion_device: str = "cpu",
     ) -> None:
         own_seed = run_seed() if seed is None else seed
-        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed)
+        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
         if not 0.0 < seed_fraction <= 1.0:
             raise ValueError(f"seed_fraction={seed_fraction} must lie in (0, 1]")
         self.source = source or Harvested()

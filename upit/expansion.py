@@ -1,7 +1,7 @@
 """Expert expansion: any number of experts from M checkpoints (arXiv:2410.01610, Algorithm 2)."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from upit.ahead import ahead
-from upit.distributed import on_rank_zero
+from upit.distributed import on_rank_zero, rank
 from upit.files import digest, seeded
 from upit.merging import Dare, Merge
 from upit.pool import Expert, write_once
+from upit.resident import checked_device, residence_on
 from upit.selection import Even, MostDissimilar, Parents, Selection
 from upit.similarity import Cosine, Score, Similarity, Track, untracked
+from upit.tensor_files import Specs
 
 
 @dataclass
@@ -39,6 +41,7 @@ def expand(
     seed: int = 0,
     score: Score | None = None,
     track: Track = untracked,
+    device: str = "cpu",
 ) -> Expansion:
     """N experts from a pool of M; a collective, of which rank 0 does all but the scoring.
 
@@ -54,28 +57,37 @@ def expand(
         merge, parents, selection, similarity: default ``Dare()``, ``MostDissimilar()``, ``Even()``, ``Cosine()``.
         score: losses of an expert on seed examples, for a similarity that compares them.
         track: wraps the tensor names of each pass, for a progress bar.
-    Raises: ValueError: N < 1, fewer than two experts to merge, or parents that can't be chosen.
+        device: "cpu", "cuda" or "cuda:N". A GPU keeps the experts that fit into its free memory, and reads the others
+            from their files each time. It draws masks of its own, so its children are others than the CPU's.
+    Raises: ValueError: N < 1, fewer than two experts to merge, parents that can't be chosen, or no such device.
     """
     merge, parents, similarity = merge or Dare(), parents or MostDissimilar(), similarity or Cosine()
     check_choices(len(pool), num_experts, parents, metrics_of(pool))
-    experts = list(pool)
-    products = _products(similarity, experts, len(experts), base, score, track)
-    if num_experts < len(pool):
-        chosen = (selection or Even()).choose(similarity.matrix(products), num_experts)
-        experts, products = [experts[i] for i in chosen], products[chosen][:, chosen]
+    with residence_on(checked_device(device, "device"), base.shapes, max(num_experts, len(pool))) as residence:
+        *experts, base = [replace(expert, residence=residence) for expert in (*pool, base)]
+        products = _products(similarity, experts, len(experts), base, score, track)
+        if num_experts < len(pool):
+            chosen = (selection or Even()).choose(similarity.matrix(products), num_experts)
+            experts, products = [experts[i] for i in chosen], products[chosen][:, chosen]
+        first, specs, used = len(experts), [expert.specs for expert in experts], set[tuple[int, int]]()
+        for number in range(num_experts - first):
+            matrix = similarity.matrix(products)
+            j, k = parents.choose(matrix, experts, used=used, generator=seeded(seed, number, "parents"))
+            used.add((j, k))
+            birth = _birth(number, (j, k), float(matrix[j, k]), seed)
+            birth |= {"merge": merge.describe(), "chosen_by": [parents.describe(), similarity.describe()]}
+            birth["device"] = base.device.type
+            child = _child([experts[j], experts[k]], base, birth, merge, output, specs[j], track)
+            specs.append(specs[j])
+            experts += _written([child], track) if similarity.needs_losses else [child]
+            row = _products(similarity, experts, 1, base, score, track)
+            products = torch.cat([torch.cat([products, row[:, :-1].T], dim=1), row])
+        experts = _written(experts, track)
+    if residence:
+        experts = [replace(expert, residence=None) for expert in experts]
     lineage = [_entry(i, expert, similarity) for i, expert in enumerate(experts)]
-    used: set[tuple[int, int]] = set()
-    for number in range(num_experts - len(experts)):
-        matrix = similarity.matrix(products)
-        j, k = parents.choose(matrix, experts, used=used, generator=seeded(seed, number, "parents"))
-        used.add((j, k))
-        birth = _birth(number, (j, k), float(matrix[j, k]), seed)
-        birth |= {"merge": merge.describe(), "chosen_by": [parents.describe(), similarity.describe()]}
-        child = _child([experts[j], experts[k]], base, birth, merge, output, track)
-        lineage.append(_entry(len(experts), child, similarity) | {"drop_rate": getattr(merge, "drop_rate", None)})
-        experts.append(child)
-        row = _products(similarity, experts, 1, base, score, track)
-        products = torch.cat([torch.cat([products, row[:, :-1].T], dim=1), row])
+    for entry in lineage[first:]:
+        entry["drop_rate"] = getattr(merge, "drop_rate", None)
     return Expansion(experts, lineage, similarity.matrix(products).tolist())
 
 
@@ -131,19 +143,40 @@ def _birth(number: int, pair: tuple[int, int], similarity: float, seed: int) -> 
 
 
 def _child(
-    parents: Sequence[Expert], base: Expert, birth: dict[str, Any], merge: Merge, output: Path, track: Track
+    parents: Sequence[Expert],
+    base: Expert,
+    birth: dict[str, Any],
+    merge: Merge,
+    output: Path,
+    specs: Specs,
+    track: Track,
 ) -> Expert:
-    """Write the child of two experts."""
-    number, seed = birth["round"], birth["seed"]
+    """Make the child of two experts. One that is still being written has its fingerprint for a sha256."""
+    number, seed, residence = birth["round"], birth["seed"], base.residence
     weights = [birth["alpha"], birth["beta"]]
     ancestors = [base.sha256, *(parent.sha256 for parent in parents)]
-    fingerprint = digest([ancestors, weights, merge.describe(), seed, number])
+    device = [residence.device.type] if residence else []  # which draws masks, and rounds, in its own way
+    fingerprint = digest([ancestors, weights, merge.describe(), seed, number, *device])
 
     def child(name: str) -> tuple[str, Tensor]:
         generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]
         return name, merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
 
-    tensors = ahead(child, track(base.shapes, f"(merge {number + 1})"))
-    path = output / f"merged_{number:02d}.safetensors"
-    sha256 = on_rank_zero(lambda: write_once(path, tensors, parents[0].specs, fingerprint))
-    return Expert(path, sha256, parents[0].dtype, origin=birth)
+    file = output / f"merged_{number:02d}.safetensors"
+    content = file, ahead(child, track(base.shapes, f"(merge {number + 1})")), specs, fingerprint
+    if residence is None:
+        sha256 = on_rank_zero(lambda: write_once(*content))
+    else:
+        sha256 = fingerprint
+        if rank() == 0:
+            residence.write_once(*content)
+    return Expert(file, sha256, parents[0].dtype, origin=birth, residence=residence)
+
+
+def _written(experts: Sequence[Expert], track: Track) -> list[Expert]:
+    """The experts with their files' sha256, once they are written."""
+    residence = experts[0].residence
+    if residence is None:
+        return list(experts)
+    found = on_rank_zero(lambda: residence.written(track))
+    return [replace(expert, sha256=found.get(expert.file, expert.sha256)) for expert in experts]

@@ -14,19 +14,29 @@ from torch import Tensor
 
 from upit.strategy import Strategy
 
+CPU = torch.device("cpu")
+
 
 def task_vector(tensor: Tensor, base: Tensor) -> Tensor:
     """What training added to the base (arXiv:2212.04089), in float32."""
     return tensor.to(torch.float32, copy=True).sub_(base)
 
 
-def drop_mask(shape: torch.Size, drop_rate: float, generator: torch.Generator) -> Tensor:
+def seed_from(generator: torch.Generator) -> int:
+    """A seed for another generator."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def drop_mask(shape: torch.Size, drop_rate: float, generator: torch.Generator, device: torch.device = CPU) -> Tensor:
     """Random mask of DARE: True keeps a parameter, with probability ``1 - drop_rate`` to within 2**-17.
 
-    Drawn 16 bits a parameter from a SFC64 stream that the generator seeds, since ``torch.rand`` is slow
-    (docs/performance.md).
+    On the CPU drawn 16 bits a parameter from a SFC64 stream that the generator seeds, since ``torch.rand`` is slow
+    (docs/performance.md). Another device has a generator of its own, and so other masks.
     """
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = seed_from(generator)
+    if device != CPU:
+        own = torch.Generator(device).manual_seed(seed)
+        return torch.rand(shape, generator=own, device=device, dtype=torch.float32) >= drop_rate
     bits = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4)).view(np.uint16)[: shape.numel()]
     return torch.from_numpy(bits >= round(drop_rate * 2**16)).view(shape)
 
@@ -60,7 +70,9 @@ def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     stacked = torch.stack(list(deltas))
     sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
     agrees = stacked.sign() == sign
-    weighted = stacked * torch.tensor(weights, dtype=stacked.dtype).view(-1, *[1] * (stacked.ndim - 1))
+    weighted = stacked * torch.tensor(weights, dtype=stacked.dtype, device=stacked.device).view(
+        -1, *[1] * (stacked.ndim - 1)
+    )
     return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
@@ -186,6 +198,10 @@ class Dare(Merge):
         self.drop_rate = drop_rate
 
     def __call__(self, tensors, weights, base, generators):
+        if base.is_cuda:
+            from upit.kernels_expansion import dare
+
+            return dare(tensors, weights, base, drop_rate=self.drop_rate, seed=seed_from(generators[0]))
         masks = [drop_mask(base.shape, self.drop_rate, generator) for generator in generators]
         return dare_linear(tensors, weights, base, drop_rate=self.drop_rate, masks=masks)
 
@@ -202,7 +218,7 @@ class DareTies(_Ties):
         self.drop_rate = drop_rate
 
     def __call__(self, tensors, weights, base, generators):
-        masks = [drop_mask(base.shape, self.drop_rate, generator) for generator in generators]
+        masks = [drop_mask(base.shape, self.drop_rate, generator, base.device) for generator in generators]
         deltas = [
             drop_and_rescale(task_vector(t, base), self.drop_rate, m) for t, m in zip(tensors, masks, strict=True)
         ]

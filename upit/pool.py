@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from upit.ahead import ahead
 from upit.families import is_expert
 from upit.files import read_json, write_json
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
+
+if TYPE_CHECKING:
+    from upit.resident import Residence
 
 
 class Rows:
@@ -41,10 +45,13 @@ class Expert:
     origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
     rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
     names: Mapping[str, str] | None = None  # what the file calls each tensor, where that differs
+    residence: "Residence | None" = None  # a device that its tensors are read to
 
     @cached_property
     def tensors(self) -> TensorFiles:
-        """What the file holds."""
+        """What the file holds; one that is still being written is waited for."""
+        if self.residence:
+            self.residence.wait_for(self.file)
         files = TensorFiles(self.file)
         return files.renamed(self.names) if self.names else files
 
@@ -59,8 +66,15 @@ class Expert:
         """Dtype and shape of each tensor, as :func:`write_expert` wants them."""
         return {name: (self.tensors[name].dtype, shape) for name, shape in self.shapes.items()}
 
+    @property
+    def device(self) -> torch.device:
+        """Where a tensor is once it is read."""
+        return self.residence.device if self.residence else torch.device("cpu")
+
     def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
-        """One tensor, read from disk now; see :meth:`upit.tensor_files.TensorFiles.read`."""
+        """One tensor, read from disk now, or from the residence; see :meth:`upit.tensor_files.TensorFiles.read`."""
+        if self.residence:
+            return self.residence.read(self, name)
         return self.tensors.read(name, out=out)
 
     def get_slice(self, name: str) -> Rows:
@@ -121,11 +135,17 @@ def write_once(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, 
         fingerprint: of all that the tensors depend on, see :func:`upit.files.digest`.
     Returns: the file's sha256.
     """
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("fingerprint") == fingerprint:
-                return file_sha256(path)
+    if is_written(path, fingerprint):
+        return file_sha256(path)
     return write_expert(path, tensors, specs, {"fingerprint": fingerprint})
+
+
+def is_written(path: Path, fingerprint: str) -> bool:
+    """Whether a file is there under this fingerprint."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
 class Pool:

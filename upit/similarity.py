@@ -60,17 +60,23 @@ def negative_distance(products: Tensor) -> Tensor:
 def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int, base: Expert | None = None) -> Tensor:
     """Inner products of the last ``new`` experts with all of them, (new, M) float64.
 
-    Streams tensor by tensor and reads each expert once; holds one float32 tensor of every new expert and of one other,
-    twice over.
+    Streams tensor by tensor and reads each expert once. On the CPU holds one float32 tensor of every new expert and of
+    one other, twice over; on a GPU one tensor of all experts.
 
     Args:
         names: the tensors to compare.
         base: compares task vectors from here; None the parameters themselves.
     """
 
-    first = len(experts) - new
+    first, device = len(experts) - new, experts[0].device
 
-    def of_tensor(name: str) -> Tensor:
+    def on_gpu(name: str) -> Tensor:
+        from upit.kernels_expansion import products
+
+        tensors = [expert.read(name) for expert in experts]
+        return products(tensors, None if base is None else base.read(name), new=new).tril(first)
+
+    def on_cpu(name: str) -> Tensor:
         raw = experts[0].read(name)
         origin_P = torch.zeros((), dtype=torch.float32) if base is None else base.read(name).flatten().float()
         recent_NP = torch.empty(new, raw.numel(), dtype=torch.float32)
@@ -89,7 +95,8 @@ def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int,
                 products[row, i] = _dot(recent_NP[row], other_P)
         return products
 
-    products = sum(ahead(of_tensor, names), start=torch.zeros(new, len(experts), dtype=torch.float64))
+    zero = torch.zeros(new, len(experts), dtype=torch.float64, device=device)
+    products = sum(ahead(on_gpu if device.type == "cuda" else on_cpu, names), start=zero).cpu()
     among_new = products[:, first:]
     among_new += among_new.tril(-1).T
     return products

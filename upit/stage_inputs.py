@@ -1,6 +1,5 @@
 """What the stages on files are given: experts and bases by their paths, and what is refused before any work."""
 
-import math
 from pathlib import Path
 
 from upit.compatibility import check_config, check_shapes
@@ -8,7 +7,9 @@ from upit.config_files import read_configs
 from upit.expert_sources import directories, experts_at
 from upit.files import Estimate
 from upit.pool import Expert, Pool
+from upit.resident import working_memory
 from upit.similarity import Similarity
+from upit.tensor_files import size_of
 
 
 def all_experts(paths: list[str]) -> list[Expert]:
@@ -51,9 +52,5 @@ def check_similarity(similarity: Similarity | None) -> None:
 
 
 def expansion_estimate(base: Expert, experts: int, written: int) -> Estimate:
-    """Of two tensors at a time, all task vectors in float32, or what a merge holds (TIES: twelve times one);
-    and the experts' files with the base's.
-    """
-    largest = max(math.prod(shape) for shape in base.shapes.values())
-    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in base.specs.values())
-    return Estimate(2 * 4 * largest * max(experts + 3, 12), size * (written + 1))
+    """Of the work on two tensors at a time, and of the experts' files with the base's."""
+    return Estimate(working_memory(base.shapes, experts), size_of(base.specs) * (written + 1))

@@ -106,6 +106,7 @@ def expand(
     similarity: Similarity | None = None,
     selection: Selection | None = None,
     seed: int = 0,
+    device: str = "cpu",
     overwrite: bool = False,
 ) -> None:
     """Make any number of experts from a few checkpoints (arXiv:2410.01610, Algorithm 2), as a pool.
@@ -124,6 +125,8 @@ def expand(
         similarity: how alike two experts are; default Cosine, of their task vectors.
         selection: which ones are left out; default Even.
         seed: of all that is drawn.
+        device: cpu, cuda or cuda:N. A GPU keeps what fits into its memory; it draws other masks than the CPU, so the
+            merged experts are others too.
         overwrite: replace the pool at the output.
     """
     import shutil
@@ -134,6 +137,7 @@ def expand(
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
     from upit.pool import Pool
+    from upit.resident import checked_device
     from upit.selection import MostDissimilar
     from upit.stage_inputs import (
         all_experts,
@@ -145,6 +149,7 @@ def expand(
     )
 
     check_similarity(similarity)
+    checked_device(device, "device")
     pool, found, origin = Pool(Path(output)), all_experts(experts), base_at(base)
     check_apart(pool.directory, [base, *experts])
     check_experts(found, origin)
@@ -171,6 +176,7 @@ def expand(
         selection=selection,
         similarity=similarity,
         seed=seed,
+        device=device,
         track=lambda names, what="": _bar(names, f"Expanding {what}"),
     )
     own = pool.gather(origin, expansion.experts, track=lambda numbers: _bar(numbers, "Copying experts"))

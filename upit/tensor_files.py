@@ -82,11 +82,19 @@ class TensorFiles(Mapping[str, Entry]):
         view._entries, view._finite = {new: self._entries[old] for new, old in names.items()}, set()
         return view
 
-    def read(self, name: str, rows: slice = slice(None), *, out: Tensor | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        rows: slice = slice(None),
+        *,
+        out: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """A tensor, or some of its rows (a contiguous range of its first dimension), read from disk now.
 
         Args:
             out: contiguous tensor of the same shape and dtype to read into; fresh memory costs more than the reading.
+            device: where the tensor goes then, and is checked; best from an ``out`` in pinned memory.
         Raises: TensorFileError: it holds NaN or infinity.
         """
         entry = self._entries[name]
@@ -100,6 +108,7 @@ class TensorFiles(Mapping[str, Entry]):
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + first * (tensor.nbytes // max(1, last - first)))
             _fill(_bytes_of(tensor), stream, entry.file)
+        tensor = tensor.to(device=device)
         if name not in self._finite:
             check_finite(tensor, name, entry.file)
             if tensor.shape == entry.shape:
@@ -163,8 +172,7 @@ def write_checkpoint(
         write_tensors(directory / file, islice(content, len(shard)), shard, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
-        total = sum(_size(*spec) for spec in specs.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map})
 
 
 def _shards(specs: Specs, max_bytes: int) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -179,6 +187,11 @@ def _shards(specs: Specs, max_bytes: int) -> dict[str, dict[str, tuple[torch.dty
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def size_of(specs: Specs) -> int:
+    """Bytes of all tensors."""
+    return sum(_size(*spec) for spec in specs.values())
 
 
 def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -50,6 +50,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         ({"at_step": 3}, {}, r"the swap is at step 6: grow after it"),
         ({"at_step": 8, "num_experts": 4}, {}, r"ExpertGrowth\.num_experts=4 must be above the MoE's 4; raise it"),
         ({"at_step": 8}, {"num_experts": 1, "top_k": 1}, r"num_experts=1 of the MoE; give it at least 2"),
+        ({"at_step": 8, "expansion_device": "tpu"}, {}, r"ExpertGrowth\.expansion_device='tpu' is no device"),
     ],
 )
 def test_refused_before_training(make_data, tmp_path, growth, moe, message):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from callbacks import ExpertHarvest, Upcycling
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from tests.upit.pools import make_pool
 from tests.upit.tiny import dense_model
 from upit.expert_sources import Checkpoints
 from upit.non_experts import Named
@@ -78,13 +79,21 @@ def other_router(tmp_path):
         (lambda path: {"source": Checkpoints([other_model(path)])}, r"other/config\.json: vocab_size=64"),
         (lambda path: {"non_experts": Named(other_model(path))}, r"Named\.path=.*other'"),
         (lambda path: {"router": other_router(path)}, r"FromFile\.path=.* of shape \(2, 9, 32\)"),
+        (lambda path: {"expansion_device": "tpu"}, r"Upcycling\.expansion_device='tpu' is no device"),
     ],
-    ids=["source", "non_experts", "router"],
+    ids=["source", "non_experts", "router", "expansion_device"],
 )
 def test_choices_that_do_not_fit_the_model_are_refused_before_training(make_data, tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path / "run", make_data(), make_callbacks(upcycling=make(tmp_path), report=False))
     assert not (tmp_path / "run/experts").exists()
+
+
+def test_experts_are_expanded_on_the_device_that_is_said(tmp_path):
+    pool = make_pool(tmp_path / "pool", 2)
+    event = Upcycling(at_step=3, expansion_device="cuda:99")
+    with pytest.raises(ValueError, match="device='cuda:99'"):
+        event.expand(pool.experts, pool.base, 3, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from upit.files import read_json
 from upit.forward import moe_routers
 from upit.moe_files import MoEFiles
 from upit.pool import Pool
+from upit.resident import CPU
 from upit.router_init import Random, RoutingVectors
 from upit.router_init.standalone import learning_estimate
 from upit.tensor_files import TensorFiles
@@ -224,6 +225,7 @@ def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
         ({"parents": "Best", "parents.metric": "val/loss"}, r"Best\.metric='val/loss': no expert comes with it"),
         ({"similarity": "Functional"}, "valid choices: Cosine, Euclidean"),
+        ({"device": "tpu"}, "device='tpu' is no device"),
     ],
     ids=str,
 )
@@ -232,6 +234,14 @@ def test_expand_refuses_before_it_overwrites(checkpoints, tmp_path, flags, said)
     with pytest.raises(SystemExit, match=said):
         expand(checkpoints, tmp_path / "pool", overwrite="true", **flags)
     Pool.load(tmp_path / "pool").verify()
+
+
+def test_expand_works_on_the_device_that_is_said(checkpoints, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("upit.resident.checked_device", lambda *_: CPU)
+    monkeypatch.setattr("upit.expansion.checked_device", lambda name, _: said.append(name) or CPU)
+    expand(checkpoints, tmp_path / "pool", device="cuda")
+    assert said == ["cuda"]
 
 
 # --- routers -----------------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""Experts whose tensors stay on a GPU from one pass of an expansion to the next."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from upit.ahead import ahead
+from upit.pool import Expert, is_written, write_once
+from upit.tensor_files import Specs, size_of
+
+CPU = torch.device("cpu")
+WRITERS = 4  # files at a time; a file's sha256 takes one core longer than merging takes the GPU; ours
+
+
+class Residence:
+    """Tensors of experts that stay on a device.
+
+    Args:
+        device: where they go.
+        budget: bytes to keep there; what is beyond them is read from its file each time, as on the CPU.
+    """
+
+    def __init__(self, device: torch.device, budget: int) -> None:
+        self.device = device
+        self._free = budget
+        self._kept: dict[tuple[Path, str], Tensor] = {}  # by file and name in it
+        self._lock = Lock()
+        self._writers = ThreadPoolExecutor(WRITERS)
+        self._files: dict[Path, Future[str]] = {}
+
+    def read(self, expert: Expert, name: str) -> Tensor:
+        """One tensor on the device; if it is not there yet, by way of pinned memory."""
+        key = (expert.file, expert.names[name] if expert.names else name)
+        if key in self._kept:
+            return self._kept[key]
+        entry = expert.tensors[name]
+        tensor = expert.tensors.read(name, out=self._staging(entry.shape, entry.dtype), device=self.device)
+        with self._lock:
+            if tensor.nbytes <= self._free:
+                self._free -= tensor.nbytes
+                self._kept[key] = tensor
+        return tensor
+
+    def write_once(self, file: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> None:
+        """:func:`upit.pool.write_once` of tensors on the device, in the background; they stay there if all can."""
+        if size_of(specs) <= self._free and not is_written(file, fingerprint):
+            self._free -= size_of(specs)
+            tensors = list(tensors)
+            self._kept |= {(file, name): tensor for name, tensor in tensors}
+        content = ahead(lambda pair: (pair[0], self._on_host(pair[1])), tensors)
+        self._files[file] = self._writers.submit(write_once, file, content, specs, fingerprint)
+
+    def wait_for(self, file: Path) -> None:
+        """Wait until a file of :meth:`write_once` is complete."""
+        if file in self._files:
+            self._files[file].result()
+
+    def written(self, track: Callable[..., Iterable[Path]]) -> dict[Path, str]:
+        """sha256 of all files of :meth:`write_once`, once they are complete."""
+        return {file: self._files[file].result() for file in track(self._files, "(writing)")}
+
+    def close(self) -> None:
+        """Let the files be complete."""
+        self._writers.shutdown()
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        return self._staging(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def _staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory to copy from and to; torch keeps what was pinned for the next tensor."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+
+
+def checked_device(name: str, field: str) -> torch.device:
+    """The device of that name; a bare "cuda" is the process's own GPU.
+
+    Raises: ValueError: it is neither the CPU nor a GPU that is there, or Triton is missing; names the field.
+    """
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"{field}={name!r} is no device that experts can be expanded on; use cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        raise ValueError(f"{field}={name!r}: no CUDA device is here; use cpu")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{field}={name!r}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    if find_spec("triton") is None:
+        raise ValueError(f"{field}={name!r} needs Triton: pip install triton, or use cpu")
+    return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+
+
+@contextmanager
+def residence_on(
+    device: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int
+) -> Iterator[Residence | None]:
+    """A GPU's residence for as many tensors as its free memory holds beside the work on two; None on the CPU."""
+    if device.type == "cpu":
+        yield None
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with closing(Residence(device, free - working_memory(shapes, num_experts))) as residence:
+        yield residence
+
+
+def working_memory(shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> int:
+    """Bytes of two tensors at a time: the task vectors of all experts in float32, or what a merge holds (TIES: twelve
+    times one).
+    """
+    largest = max(math.prod(shape) for shape in shapes.values())
+    return 2 * 4 * largest * max(num_experts + 3, 12)
