@@ -5,7 +5,8 @@
 
 Random weights, random tokens in packed rows of 1,024, half of them responses; fused AdamW, clipped gradients, the
 balance loss. Every variant in this process, one after the other; ``+c`` compiles the decoder layers, ``+g`` runs them
-as CUDA graphs. Milliseconds are the mean of the timed steps between two synchronisations.
+as CUDA graphs, ``+b`` leaves out the balance loss. Milliseconds are the mean of the timed steps between two
+synchronisations.
 
 - ``dense``: a dense model whose FFN is top-2 times as wide, the same active FLOPs; our attention and loss head.
 - ``upit``: our experts, attention and loss head. ``upit_triton`` and ``upit_quack``: with kernels of one kind.
@@ -85,12 +86,12 @@ def model_of(variant: str, dense: LlamaConfig, num_experts: int):
     return model.train()
 
 
-def loss_of(kind: str, model, batch: Batch, body: Body) -> torch.Tensor:
+def loss_of(kind: str, model, batch: Batch, body: Body, balanced: bool) -> torch.Tensor:
     if kind == "stock":
         return model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
     total, targets_L = response_loss(model, batch, body=body)
     loss = total / len(targets_L)
-    if kind == "dense":
+    if kind == "dense" or not balanced:
         return loss
     logits_DTE, ids_DTK = last_routing(model)
     mask_T = (batch["example_ids"] >= 0).flatten()
@@ -129,7 +130,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     def step() -> None:
         for batch in batches:
             with context():
-                loss = loss_of(variant.split("+")[0], model, batch, body)
+                loss = loss_of(variant.split("+")[0], model, batch, body, "+b" not in variant)
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 COLUMNS = 64  # of a tile, whose products are summed in float32; the tiles' sums in float64
 TILES = 128  # of one program
+PRECISION, WARPS = "tf32x3", 1
+ROW_BLOCK = 4096  # products of a new row that are summed in float32; the blocks' sums in float64
 QUARTERS = 16  # a quarter of a tensor is a multiple of it, so that all four are read in vectors
 
 
@@ -31,6 +33,7 @@ def _launching(tensor: Tensor) -> Iterator[None]:
 def _gram(
     experts, like, base, sums, size, num_experts,
     ROWS: tl.constexpr, FOLD: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, AGAINST_BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums[block]: products of all rows of a block. With few experts, FOLD stretches of each are rows of one tile."""
     rows = tl.arange(0, ROWS)
@@ -47,33 +50,29 @@ def _gram(
             places = (tl.program_id(0) * TILES + tile) * (FOLD * COLUMNS) + tl.arange(0, FOLD * COLUMNS)
             origin = tl.load(base + places, mask=places < size, other=0.0).to(tl.float32).reshape(FOLD, 1, COLUMNS)
             deltas -= tl.broadcast_to(origin, (FOLD, ROWS // FOLD, COLUMNS)).reshape(ROWS, COLUMNS)
-        total += tl.dot(deltas, tl.trans(deltas), input_precision="tf32x3").to(tl.float64)
+        total += tl.dot(deltas, tl.trans(deltas), input_precision=PRECISION).to(tl.float64)
     places = (tl.program_id(0) * ROWS + rows[:, None]) * ROWS + rows[None, :]
     tl.store(sums + places, total)
 
 
 @triton.jit
 def _row(
-    experts, newest, base, sums, size, num_experts,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, AGAINST_BASE: tl.constexpr,
+    experts, newest, base, sums, size, num_experts, BLOCK: tl.constexpr, AGAINST_BASE: tl.constexpr
 ):  # fmt: skip
-    """sums[block]: products of the newest expert with all experts."""
-    rows = tl.arange(0, ROWS)
-    there = (rows < num_experts)[:, None]
-    addresses = tl.load(experts + rows, mask=rows < num_experts, other=0).to(newest.dtype)[:, None]
-    total = tl.zeros((ROWS,), dtype=tl.float64)
-    for tile in range(TILES):
-        columns = (tl.program_id(0) * TILES + tile) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = columns < size
-        places = tl.multiple_of(addresses + columns[None, :], [1, 16])
-        deltas = tl.load(places, mask=there & inside[None, :], other=0.0).to(tl.float32)
-        own = tl.load(newest + columns, mask=inside, other=0.0).to(tl.float32)
+    """sums[block, m]: products of the newest expert with expert m."""
+    block = tl.program_id(0)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    own = tl.load(newest + columns, mask=inside, other=0.0).to(tl.float32)
+    if AGAINST_BASE:
+        origin = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
+        own -= origin
+    for m in range(num_experts):
+        start = tl.multiple_of(tl.load(experts + m).to(newest.dtype), 16)
+        delta = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
         if AGAINST_BASE:
-            origin = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
-            deltas -= origin[None, :]
-            own -= origin
-        total += tl.sum(deltas * own[None, :], axis=1).to(tl.float64)
-    tl.store(sums + tl.program_id(0) * ROWS + rows, total)
+            delta -= origin
+        tl.store(sums + block * num_experts + m, tl.sum(delta * own))
 
 
 def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Tensor:
@@ -90,19 +89,21 @@ def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Ten
     count, size, device = len(tensors), tensors[0].numel(), tensors[0].device
     addresses_M = torch.tensor([tensor.data_ptr() for tensor in tensors], pin_memory=device.type == "cuda")
     table_M = addresses_M.to(device, non_blocking=True)  # else the host would wait for the tensor before
+    given = (table_M, tensors[-1], tensors[-1] if base is None else base)
+    if new == 1:
+        blocks = triton.cdiv(size, ROW_BLOCK)
+        sums_BM = torch.empty(blocks, count, dtype=torch.float32, device=device)
+        with _launching(table_M):
+            _row[(blocks,)](*given, sums_BM, size, count, BLOCK=ROW_BLOCK, AGAINST_BASE=base is not None, num_warps=8)
+        return sums_BM.sum(0, dtype=torch.float64)[None]
     width = triton.next_power_of_2(count)
     rows = max(16, width)
-    columns, tiles, fold = (4 * COLUMNS, TILES // 4, 1) if new == 1 else (COLUMNS, TILES, rows // width)
-    blocks = triton.cdiv(size, columns * tiles * fold)
-    shape = {"ROWS": rows, "COLUMNS": columns, "TILES": tiles, "AGAINST_BASE": base is not None}
-    given = (table_M, tensors[-1], tensors[-1] if base is None else base)
+    fold = rows // width
+    blocks = triton.cdiv(size, COLUMNS * TILES * fold)
+    shape = {"ROWS": rows, "FOLD": fold, "COLUMNS": COLUMNS, "TILES": TILES, "AGAINST_BASE": base is not None}
+    sums_BRR = torch.empty(blocks, rows, rows, dtype=torch.float64, device=device)
     with _launching(table_M):
-        if new == 1:
-            sums_BR = torch.empty(blocks, rows, dtype=torch.float64, device=device)
-            _row[(blocks,)](*given, sums_BR, size, count, **shape, num_warps=4)
-            return sums_BR.sum(0)[None, :count]
-        sums_BRR = torch.empty(blocks, rows, rows, dtype=torch.float64, device=device)
-        _gram[(blocks,)](*given, sums_BRR, size, count, **shape, FOLD=fold, num_warps=rows // 16)
+        _gram[(blocks,)](*given, sums_BRR, size, count, **shape, PRECISION=PRECISION, num_warps=WARPS * rows // 16)
     among = sums_BRR.sum(0).view(fold, width, fold, width).diagonal(dim1=0, dim2=2).sum(-1)
     return among[count - new : count, :count]
 

@@ -96,3 +96,32 @@ def test_batches_that_do_not_fit_go_the_usual_way(device, monkeypatch):
     many["lengths"] = torch.nn.functional.pad(many["lengths"], (0, 64))
     body(model, many)
     assert len(usual) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_training_step_never_waits_for_the_device(graphs):
+    from lightning_modules import MoEModule
+
+    module = MoEModule(load_balancing_weight=0.01, router_z_loss_weight=0.001).cuda()
+    module.model = build(moe_config(DENSE, num_experts=4, top_k=2)).cuda().train()
+    module.body = GraphedBody() if graphs else body_states
+
+    def step(batch):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, terms, tokens = module.objective(batch)
+            module.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    step(batch_of([2, 2], 0, "cuda"))
+    later = batch_of([2, 1], 1, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(later)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
