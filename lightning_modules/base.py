@@ -1,9 +1,7 @@
 """What the dense and the MoE module share: building, steps, optimizer, and identity in checkpoints."""
 
 import math
-import warnings
 from abc import abstractmethod
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import lightning as L
@@ -14,11 +12,11 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules import horizon
+from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import adamw
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
-from upit.evaluation import Scores, evaluate, greedy_answers, summed_answers, summed_losses
 from upit.examples import IGNORE, Batch
 from upit.forward import Body, body_states, response_loss
 from upit.graphs import GraphedBody
@@ -26,14 +24,10 @@ from upit.metrics import WeightedMeans
 from upit.models import build
 from upit.sharding import shard
 
-PREDICT_TOKENS = 256
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
 
-# what is logged at the end of a validation is a mean over the ranks by then
-warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
 
-
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(EvaluatedModule):
     """A causal LM fine-tuned on the response tokens of instruction data.
 
     Args:
@@ -51,9 +45,7 @@ class CausalLMModule(L.LightningModule):
         max_new_tokens: longest generated answer; default by the reference's length, 256 where there is none.
     """
 
-    phase: Literal["dense", "moe"]
     means: WeightedMeans  # of the terms of this phase's objective, since the last logged step
-    heldout: WeightedMeans  # of a validation or test in progress
 
     def __init__(
         self,
@@ -68,7 +60,7 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: bool = False,
         max_new_tokens: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(max_new_tokens)
         within = {
             "lr": (lr, math.inf),
             "weight_decay": (weight_decay, math.inf),
@@ -79,8 +71,6 @@ class CausalLMModule(L.LightningModule):
                 raise ValueError(f"{type(self).__name__}.{field}={value} must lie in [0, {most}]")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"{type(self).__name__}.betas={betas} must lie in [0, 1)")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"{type(self).__name__}.max_new_tokens={max_new_tokens} must be at least 1")
         self.lr = lr
         self.weight_decay = weight_decay
         self.betas = betas
@@ -92,30 +82,15 @@ class CausalLMModule(L.LightningModule):
         self.cuda_graphs = cuda_graphs
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
-        self.max_new_tokens = max_new_tokens
-        self.model: PreTrainedModel | None = None
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
 
     # --- the phase -----------------------------------------------------------------------------------
 
     @property
-    def active(self) -> "CausalLMModule":
-        """The module whose model is in use: itself, but for the one that joins two phases."""
-        return self
-
-    @property
     def phases(self) -> "list[CausalLMModule]":
         """The modules that are active in turn."""
         return [self]
-
-    @property
-    def lm(self) -> PreTrainedModel:
-        """The causal LM in use."""
-        model = self.active.model
-        if model is None:
-            raise RuntimeError("the model is not built yet; it is in configure_model")
-        return model
 
     def enter(self, identity: dict[str, Any]) -> None:
         """Be what a checkpoint's identity says; raises ValueError when this module can't."""
@@ -138,11 +113,6 @@ class CausalLMModule(L.LightningModule):
     def training_metrics(self) -> set[str]:
         """Names of what a training step logs."""
         return {"train/loss", *(f"{self.phase}/{name}" for name in self.means.names)}
-
-    def validation_metrics(self) -> set[str]:
-        """Names of what a validation logs."""
-        domains = self.trainer.datamodule.domains
-        return {"val/loss", f"{self.phase}/val_loss", *(f"val/loss/{domain}" for domain in domains)}
 
     @override
     def setup(self, stage: str) -> None:
@@ -189,10 +159,6 @@ class CausalLMModule(L.LightningModule):
         """Let go of the model, and of what was captured of it."""
         self.model, self.body = None, body_states
 
-    def autocast(self) -> AbstractContextManager:
-        """The context that Lightning runs steps in; for passes outside of them."""
-        return self.trainer.precision_plugin.forward_context()
-
     # --- steps ---------------------------------------------------------------------------------------
 
     @override
@@ -236,57 +202,6 @@ class CausalLMModule(L.LightningModule):
         count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
         count = count.clamp(min=1.0)
         return loss / count, count
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        domains = self.trainer.datamodule.domains
-        self.heldout = WeightedMeans(["loss", *(f"loss/{name}" for name in domains)]).to(self.device)
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        sums_C, counts_C = summed_losses(self.lm, batch, self.trainer.datamodule)
-        self.heldout.update(*(torch.cat([values_C.sum()[None], values_C]) for values_C in (sums_C, counts_C)))
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        means = self.heldout.compute()
-        self.log(f"{self.active.phase}/val_loss", means["loss"])
-        for name, mean in means.items():
-            self.log(f"val/{name}", mean, prog_bar=name == "loss")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        domains = self.trainer.datamodule.domains
-        names = [f"{metric}/{name}" for metric in ("loss", "exact_match") for name in domains]
-        self.heldout = WeightedMeans(names).to(self.device)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        data = self.trainer.datamodule
-        losses_2C = torch.stack(summed_losses(self.lm, batch, data))
-        indices = batch["example_ids"][:, 0].tolist()
-        answers = summed_answers(self.lm, indices, data, max_new_tokens=self.active.max_new_tokens)
-        self.heldout.update(*torch.cat([losses_2C, torch.stack(answers).to(losses_2C)], dim=1))
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self.log_dict({f"test/{name}": mean for name, mean in self.heldout.compute().items()})
-
-    @override
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        data = self.trainer.datamodule
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ]
-        budgets = [self.active.max_new_tokens or PREDICT_TOKENS] * len(prompts)
-        answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
-        rows = [data.predict_set[i] for i in batch["index"].tolist()]
-        return [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
-
-    def score(self, track=lambda batches: batches) -> Scores:
-        """Held-out loss and exact match per domain; see :func:`upit.evaluation.evaluate`."""
-        most = self.active.max_new_tokens
-        return evaluate(self.lm, self.trainer.datamodule, max_new_tokens=most, autocast=self.autocast, track=track)
 
     # --- optimisation --------------------------------------------------------------------------------
 

@@ -60,7 +60,9 @@ def test_a_difference_stacks_on_every_base(monkeypatch, tmp_path, base, extra):
     save_file({"weight": torch.ones(1)}, domain_expert / "model.safetensors")
     trainer, module, _ = instantiate(monkeypatch, tmp_path, base, extra)
     assert isinstance(module, UpITModule)
-    if extra.parent.name == "strategy":
+    if extra.stem == "compiled":
+        assert all(phase.compile_layers and phase.cuda_graphs for phase in module.phases)
+    elif extra.parent.name == "strategy":
         assert trainer.world_size > 1
     else:
         upcycles = any(isinstance(callback, Upcycling) for callback in trainer.callbacks)

@@ -2,10 +2,12 @@
 
 Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``H`` hidden, ``I`` inner.
 Registered in transformers' experts interface, so any MoE with fused experts can use it:
-``model.set_experts_implementation("upit_grouped")``. Two more names insist on one kind of kernels where GPU kernels
-run at all: ``upit_triton`` and ``upit_quack``.
+``model.set_experts_implementation("upit_grouped")``. Two more names leave no choice of GPU kernels: ``upit_triton``,
+and ``upit_quack`` for QuACK wherever it can.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from upit.attention import HALF, compute_dtype
 
 NAME, TRITON, QUACK = "upit_grouped", "upit_triton", "upit_quack"
+WIDE = 2048  # hidden width from which QuACK's kernels run longer than the host takes to launch them; ours
 HAS_TRITON, HAS_QUACK = find_spec("triton") is not None, find_spec("quack") is not None
 
 
@@ -28,18 +31,36 @@ def use(model: PreTrainedModel, name: str = NAME) -> None:
     model.config._experts_implementation = name
 
 
+@contextmanager
+def launched_by_graphs(model: PreTrainedModel) -> Iterator[None]:
+    """Within, QuACK at any width: the host's time to launch its kernels is spent once, when a graph is captured."""
+    usual = model.config._experts_implementation
+    if usual == NAME:
+        use(model, QUACK)
+    try:
+        yield
+    finally:
+        use(model, usual)
+
+
 @torch.compiler.assume_constant_result
 def has_quack() -> bool:
     """Whether QuACK is installed and this GPU is a Hopper, the only kind its kernels were tried on."""
     return HAS_QUACK and torch.cuda.get_device_capability()[0] == 9
 
 
+def takes_quack(name: str, hidden: int, inner: int) -> bool:
+    """Whether experts of these widths run QuACK's kernels under a name."""
+    wanted = name == QUACK or (name == NAME and hidden >= WIDE)
+    return wanted and hidden % 8 == 0 == inner % 8 and has_quack()
+
+
 def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, *, name: str = NAME) -> Tensor:
     """Dropless experts: sort assignments by expert, two grouped products, weighted sum per token.
 
     The stock grouped forward leaves fp32 weights in fp32 under autocast; this one casts them, as every
-    ``nn.Linear`` does. On GPUs, SwiGLU experts in half precision run :mod:`upit.hopper` where QuACK can, else
-    :mod:`upit.kernels`.
+    ``nn.Linear`` does. On GPUs, SwiGLU experts in half precision run :mod:`upit.hopper` (see
+    :func:`takes_quack`) or :mod:`upit.kernels`.
 
     Args:
         self: module with ``gate_up_proj`` (E, 2I, H), ``down_proj`` (E, H, I) and ``act_fn``.
@@ -53,8 +74,7 @@ def grouped_forward(self: Any, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: 
         halves = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         out_TH = plain_experts(x_TH.to(dtype), *halves, expert_ids_TK, weights_TK, act_fn=self.act_fn)
         return out_TH.to(x_TH.dtype)
-    _, hidden, inner = self.down_proj.shape
-    if name == QUACK or (name == NAME and hidden % 8 == 0 == inner % 8 and has_quack()):
+    if takes_quack(name, *self.down_proj.shape[1:]):
         from upit.hopper import experts
     else:
         from upit.kernels import experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upit.examples import Batch
+from upit.experts import launched_by_graphs
 from upit.families import MOE_TYPES
 from upit.forward import attention_mask, body_states, moe_routers
 
@@ -129,5 +131,6 @@ class GraphedBody:
 
         params = [param for param in body.parameters() if param.requires_grad]
         # a cast that autocast has cached would be missing from the graphs
-        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
+        autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
+        with autocast, launched_by_graphs(model) if self._routers else nullcontext():
             return _Graphs(run, self._inputs(model, batch), params)

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 64  # of a tile, whose products are summed in float32; the tiles' sums in float64
-TILES = 128  # of one program
-PRECISION, WARPS = "tf32x3", 1
+COLUMNS = 128  # of a tile, whose products are summed in float32; the tiles' sums in float64
+TILES = 32  # of one program
 ROW_BLOCK = 4096  # products of a new row that are summed in float32; the blocks' sums in float64
 QUARTERS = 16  # a quarter of a tensor is a multiple of it, so that all four are read in vectors
 
@@ -33,7 +32,6 @@ def _launching(tensor: Tensor) -> Iterator[None]:
 def _gram(
     experts, like, base, sums, size, num_experts,
     ROWS: tl.constexpr, FOLD: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, AGAINST_BASE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums[block]: products of all rows of a block. With few experts, FOLD stretches of each are rows of one tile."""
     rows = tl.arange(0, ROWS)
@@ -50,7 +48,7 @@ def _gram(
             places = (tl.program_id(0) * TILES + tile) * (FOLD * COLUMNS) + tl.arange(0, FOLD * COLUMNS)
             origin = tl.load(base + places, mask=places < size, other=0.0).to(tl.float32).reshape(FOLD, 1, COLUMNS)
             deltas -= tl.broadcast_to(origin, (FOLD, ROWS // FOLD, COLUMNS)).reshape(ROWS, COLUMNS)
-        total += tl.dot(deltas, tl.trans(deltas), input_precision=PRECISION).to(tl.float64)
+        total += tl.dot(deltas, tl.trans(deltas), input_precision="bf16x3").to(tl.float64)
     places = (tl.program_id(0) * ROWS + rows[:, None]) * ROWS + rows[None, :]
     tl.store(sums + places, total)
 
@@ -103,7 +101,7 @@ def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Ten
     shape = {"ROWS": rows, "FOLD": fold, "COLUMNS": COLUMNS, "TILES": TILES, "AGAINST_BASE": base is not None}
     sums_BRR = torch.empty(blocks, rows, rows, dtype=torch.float64, device=device)
     with _launching(table_M):
-        _gram[(blocks,)](*given, sums_BRR, size, count, **shape, PRECISION=PRECISION, num_warps=WARPS * rows // 16)
+        _gram[(blocks,)](*given, sums_BRR, size, count, **shape, num_warps=rows // 16)
     among = sums_BRR.sum(0).view(fold, width, fold, width).diagonal(dim1=0, dim2=2).sum(-1)
     return among[count - new : count, :count]
 

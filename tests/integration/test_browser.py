@@ -99,8 +99,12 @@ def test_tensorboard_shows_the_pictures(tensorboard, tmp_path):
     """The cards of the Time Series page are filtered to the pictures; an image's address names its tag."""
     tags = "|".join(f"^{tag}$" for tag in PICTURES)
     url = f"{tensorboard}/?tagFilter={quote(tags)}#timeseries"
-    addresses = re.findall(r'<img[^>]*imageId=([^"&]+)', rendered(url, tmp_path / "profile", milliseconds=20000))
-    shown = {json.loads(base64.urlsafe_b64decode(address + "=="))[-3] for address in addresses}
+    for attempt in range(3):  # a busy machine draws nothing in time
+        page = rendered(url, tmp_path / f"profile_{attempt}", milliseconds=20000)
+        addresses = re.findall(r'<img[^>]*imageId=([^"&]+)', page)
+        shown = {json.loads(base64.urlsafe_b64decode(address + "=="))[-3] for address in addresses}
+        if shown == set(PICTURES):
+            break
     assert shown == set(PICTURES)
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from upit.experts import QUACK, TRITON, grouped_forward, use
+from upit.experts import NAME, QUACK, TRITON, grouped_forward, launched_by_graphs, takes_quack, use
 from upit.families import moe_config
 from upit.models import build
 
@@ -107,3 +107,37 @@ def test_where_gpu_kernels_do_not_run_every_name_is_the_plain_path(dense, name):
     automatic = moe(ids).logits
     use(moe, name)
     assert torch.equal(automatic, moe(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "taken"),
+    [
+        (NAME, 64, False),
+        (NAME, 2048, True),
+        (NAME, 2052, False),
+        (QUACK, 64, True),
+        (QUACK, 60, False),
+        (TRITON, 2048, False),
+    ],
+)
+def test_quack_is_taken_where_it_helps(monkeypatch, name, hidden, taken):
+    monkeypatch.setattr("upit.experts.has_quack", lambda: True)
+    assert takes_quack(name, hidden, 96) == taken
+    monkeypatch.setattr("upit.experts.has_quack", lambda: False)
+    assert not takes_quack(name, hidden, 96)
+
+
+def test_graphs_launch_quack_at_any_width_and_nothing_else_does(dense):
+    moe = build(moe_config(dense.config, num_experts=EXPERTS, top_k=2))
+
+    def capture():
+        with launched_by_graphs(moe):
+            assert moe.config._experts_implementation == QUACK
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        capture()
+    assert moe.config._experts_implementation == NAME
+    moe.config._experts_implementation = TRITON
+    with launched_by_graphs(moe):
+        assert moe.config._experts_implementation == TRITON

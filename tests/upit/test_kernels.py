@@ -1,16 +1,14 @@
 """The experts' GPU kernels against a float64 loop over experts, and packed attention against the dense mask."""
 
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import LlamaConfig
 
 from upit.examples import collate
-from upit.experts import NAME, TRITON, grouped_forward, has_quack, plain_experts
+from upit.experts import has_quack, plain_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BF16_ROUNDING = 1.5e-2  # relative norm of a few chained bfloat16 products
@@ -144,19 +142,6 @@ def test_a_captured_graph_follows_another_routing(experts):
     graph.replay()
     for ours, reference in zip(found, outputs_and_gradients(loop, in_double(other), grad), strict=True):
         assert relative(ours, reference) < BF16_ROUNDING
-
-
-@pytest.mark.parametrize(("name", "hidden", "fused"), [(NAME, 64, True), (NAME, 60, False), (TRITON, 64, False)])
-def test_quack_is_taken_where_it_can_be(monkeypatch, name, hidden, fused):
-    if not has_quack():
-        pytest.skip("needs a Hopper GPU and quack-kernels")
-    x, gate_up, down, *routing = inputs(16, 2, 4, hidden, 32)
-    layer = SimpleNamespace(gate_up_proj=gate_up, down_proj=down, act_fn=nn.SiLU())
-    taken = []
-    for module in ("kernels", "hopper"):
-        monkeypatch.setattr(f"upit.{module}.experts", lambda *args, module=module: (taken.append(module), args[0])[1])
-    grouped_forward(layer, x, *routing, name=name)
-    assert taken == ["hopper" if fused else "kernels"]
 
 
 @pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4]], [[0], [1], [2]]], ids=["packed", "padded"])
