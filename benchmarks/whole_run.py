@@ -36,6 +36,7 @@ class Clock(Callback):
 
     def _timed(self, function, seconds: list[float]):
         def call(*args, **kwargs):
+            _wait()  # for the step before, which is none of this
             start = time.perf_counter()
             function(*args, **kwargs)
             seconds.append(time.perf_counter() - start)
@@ -54,7 +55,8 @@ class Clock(Callback):
         whole = time.perf_counter() - self.start
         steps = sum(len(own) * median(own) for own in self.steps.values())
         parts = {f"{phase}: {len(own)} steps": len(own) * median(own) for phase, own in self.steps.items()}
-        parts |= {f"harvest: {len(self.harvest)}": sum(self.harvest), **self.upcycling.wall_seconds}
+        base, *harvests = self.harvest
+        parts |= {"copying the base": base, f"harvest: {len(harvests)}": sum(harvests), **self.upcycling.wall_seconds}
         parts["loader, logs, all else"] = whole - sum(parts.values())
         print(f"\n| | seconds | of the steps |\n|---|---|---|\n| steps | {steps:.1f} | 1.00 |")
         for name, seconds in parts.items():
