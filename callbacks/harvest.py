@@ -15,9 +15,9 @@ from callbacks.scalars import log_now
 from upit.distance import distance_from
 from upit.distributed import barrier, rank
 from upit.families import is_expert
+from upit.gpu import host_copy, wait_for_copies
 from upit.pool import Pool
 from upit.sharding import full
-from upit.transfer import host_copy, wait_for_copies
 
 METRICS = "upit_metrics"  # in checkpoints
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,8 +27,8 @@ class ExpertHarvest(Callback):
     """Save the expert parameters (FFN) to ``<run>/experts`` at intervals of the dense phase.
 
     Stage 1 of UpIT (arXiv:2410.01610). Harvests at optimizer-step boundaries: copies the parameters, one at
-    a time when they are sharded, and writes them in the background; a GPU waits for neither. The untouched model is
-    kept too, as the base of the task vectors.
+    a time when they are sharded, and writes them in the background; a GPU's steps go on behind the copy, into pinned
+    memory, of which one harvest's is held. The untouched model is kept too, as the base of the task vectors.
 
     Args:
         every_n_epochs: interval in epochs; 0.25 is the paper's. Used when neither of the others is given.
@@ -141,6 +141,8 @@ class ExpertHarvest(Callback):
         return distance
 
     def _save(self, trainer, pl_module: UpcyclingModule, *, step: int) -> None:
+        metrics, epoch = self._metrics(trainer), step / pl_module.steps_per_epoch()
+        self.drain()
         tensors: dict[str, torch.Tensor] = {}
         rest: dict[str, torch.Tensor] = {}
         for name, param in pl_module.lm.named_parameters():
@@ -152,8 +154,6 @@ class ExpertHarvest(Callback):
         if step:
             self.steps.append(step)
         if rank() == 0:
-            metrics, epoch = self._metrics(trainer), step / pl_module.steps_per_epoch()
-            self.drain()
             work = (wait_for_copies(), tensors, rest, step, epoch, metrics)
             self._pending.append(self._writer.submit(self._write, *work))
 

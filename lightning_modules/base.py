@@ -117,12 +117,21 @@ class CausalLMModule(EvaluatedModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            if self.trainer.world_size > 1 and any(phase.cuda_graphs for phase in self.phases):
-                raise ValueError(
-                    f"cuda_graphs=True is for one device, there are {self.trainer.world_size}; leave it out"
-                )
+            if any(phase.cuda_graphs for phase in self.phases):
+                self._check_graphs()
             horizon.check_validation(self.trainer)
             check_monitors(self, self.trainer)
+
+    def _check_graphs(self) -> None:
+        """Raises: ValueError: the run is none that CUDA graphs can hold."""
+        trainer = self.trainer
+        if trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"cuda_graphs=True is for one device without a strategy, not for {trainer.world_size} with "
+                f"{type(trainer.strategy).__name__}; leave it out"
+            )
+        if not trainer.datamodule.packing:
+            raise ValueError("cuda_graphs=True needs batches of one shape: set data.packing=true, or leave it out")
 
     # --- building ------------------------------------------------------------------------------------
 

@@ -20,10 +20,11 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from upit.attention import HALF, compute_dtype
+from upit.gpu import HAS_TRITON
 
 NAME, TRITON, QUACK = "upit_grouped", "upit_triton", "upit_quack"
 WIDE = 2048  # hidden width from which QuACK's kernels run longer than the host takes to launch them; ours
-HAS_TRITON, HAS_QUACK = find_spec("triton") is not None, find_spec("quack") is not None
+HAS_QUACK = find_spec("quack") is not None
 
 
 def use(model: PreTrainedModel, name: str = NAME) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SPARE = 2  # times the sequences of the batch that is captured fit into the graphs; ours
 WARM_UP = 3  # passes before the capture, which compile, and initialise libraries
+# the capture is not ended by what other threads do, such as the loader's, which pins memory
+CAPTURE: dict[str, Any] = {"capture_error_mode": "thread_local"}
 
 
 class _Graphs:
@@ -45,10 +47,10 @@ class _Graphs:
                 del outputs
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self._forward, pool=pool):
+        with torch.cuda.graph(self._forward, pool=pool, **CAPTURE):
             outputs = function(*self.inputs)
         self.grad_outputs = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(self._backward, pool=pool):
+        with torch.cuda.graph(self._backward, pool=pool, **CAPTURE):
             self.grads = self._grads_of(outputs, self.grad_outputs)
         self.outputs = [output.detach() for output in outputs]
 
@@ -57,18 +59,20 @@ class _Graphs:
         return torch.autograd.grad([output for output, _ in pairs], self.params, [grad for _, grad in pairs])
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for param, grad in zip(self.params, self.grads, strict=True):
-            # of an earlier batch of the same step, where the next backward pass writes
-            if param.grad is not None and param.grad.data_ptr() == grad.data_ptr():
-                param.grad = param.grad.clone()
         return _Replay.apply(self, inputs, *self.params)
 
     def forward(self, inputs: Sequence[Tensor]) -> None:
+        """Leaves its results in ``outputs``."""
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)
         self._forward.replay()
 
     def backward(self, grad_outputs: Sequence[Tensor]) -> None:
+        """Leaves its results in ``grads``."""
+        for param, grad in zip(self.params, self.grads, strict=True):
+            # of an earlier batch of the same step, where this pass writes
+            if param.grad is not None and param.grad.data_ptr() == grad.data_ptr():
+                param.grad = param.grad.clone()
         for held, given in zip(self.grad_outputs, grad_outputs, strict=True):
             if held.is_floating_point():
                 held.copy_(given)
@@ -94,8 +98,9 @@ class _Replay(torch.autograd.Function):
 class GraphedBody:
     """:func:`upit.forward.body_states` for training steps, by CUDA graphs.
 
-    They are captured at the first batch, which takes three passes more; from then on the memory of a pass is theirs.
-    A batch of another shape, or of more than ``SPARE`` times as many sequences, goes the usual way.
+    They are captured at the first batch, which takes three passes more; from then on the memory of a pass is theirs,
+    and what needs a gradient is settled. A batch of another shape, or of more than ``SPARE`` times as many sequences,
+    goes the usual way.
     """
 
     def __init__(self) -> None:

@@ -3,15 +3,14 @@
 ``L`` response tokens, ``H`` hidden, ``V`` vocabulary.
 """
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from upit.gpu import HAS_TRITON
+
 HEAD_TOKENS = 2048  # ours
-HAS_TRITON = find_spec("triton") is not None
 
 
 def head_losses(head: nn.Module, states_LH: Tensor, targets_L: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.dtypes = states_LH.dtype, weight_VH.dtype
         states_LH, weight_VH = states_LH.to(dtype), weight_VH.to(dtype)
         grad_LH = torch.empty_like(states_LH)
-        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=states_LH.device)
         for states_CH, targets_C, grad_CH in zip(
             states_LH.split(HEAD_TOKENS), targets_L.split(HEAD_TOKENS), grad_LH.split(HEAD_TOKENS), strict=True
@@ -62,7 +61,8 @@ class _HeadLoss(torch.autograd.Function):
             logits_CV = states_CH @ weight_VH.T
             total += cross_entropy_(logits_CV, targets_C).sum()
             torch.mm(logits_CV, weight_VH, out=grad_CH)
-            grad_VH += torch.mm(logits_CV.T, states_CH, out_dtype=torch.float32)
+            if grad_VH is not None:
+                grad_VH += torch.mm(logits_CV.T, states_CH, out_dtype=torch.float32)
         ctx.save_for_backward(grad_LH, grad_VH)
         return total
 
@@ -70,4 +70,5 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_LH, grad_VH = ctx.saved_tensors
         states_dtype, weight_dtype = ctx.dtypes
-        return (grad_LH * grad).to(states_dtype), (grad_VH * grad).to(weight_dtype), None, None
+        of_weight = None if grad_VH is None else (grad_VH * grad).to(weight_dtype)
+        return (grad_LH * grad).to(states_dtype), of_weight, None, None

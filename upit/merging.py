@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upit.gpu import CPU
 from upit.strategy import Strategy
-
-CPU = torch.device("cpu")
 
 
 def task_vector(tensor: Tensor, base: Tensor) -> Tensor:

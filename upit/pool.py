@@ -14,6 +14,7 @@ from torch import Tensor
 from upit.ahead import ahead
 from upit.families import is_expert
 from upit.files import read_json, write_json
+from upit.gpu import CPU
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Expert:
     @property
     def device(self) -> torch.device:
         """Where a tensor is once it is read."""
-        return self.residence.device if self.residence else torch.device("cpu")
+        return self.residence.device if self.residence else CPU
 
     def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
         """One tensor, read from disk now, or from the residence; see :meth:`upit.tensor_files.TensorFiles.read`."""

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from upit.ahead import ahead
+from upit.gpu import CPU, HAS_TRITON
 from upit.pool import Expert, is_written, write_once
 from upit.tensor_files import Specs, size_of
 
-CPU = torch.device("cpu")
 WRITERS = 4  # files at a time; a file's sha256 takes one core longer than merging takes the GPU; ours
 
 
@@ -51,9 +50,10 @@ class Residence:
     def write_once(self, file: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> None:
         """:func:`upit.pool.write_once` of tensors on the device, in the background; they stay there if all can."""
         if size_of(specs) <= self._free and not is_written(file, fingerprint):
-            self._free -= size_of(specs)
             tensors = list(tensors)
-            self._kept |= {(file, name): tensor for name, tensor in tensors}
+            with self._lock:
+                self._free -= size_of(specs)
+                self._kept |= {(file, name): tensor for name, tensor in tensors}
         content = ahead(lambda pair: (pair[0], self._on_host(pair[1])), tensors)
         self._files[file] = self._writers.submit(write_once, file, content, specs, fingerprint)
 
@@ -92,7 +92,7 @@ def checked_device(name: str, field: str) -> torch.device:
         raise ValueError(f"{field}={name!r}: no CUDA device is here; use cpu")
     if int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{field}={name!r}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         raise ValueError(f"{field}={name!r} needs Triton: pip install triton, or use cpu")
     return torch.device("cuda", int(index) if index else torch.cuda.current_device())
 
@@ -105,8 +105,8 @@ def residence_on(
     if device.type == "cpu":
         yield None
         return
+    torch.cuda.empty_cache()  # what is left to the allocator then is the CUDA graphs', and no one else's
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     with closing(Residence(device, free - working_memory(shapes, num_experts))) as residence:
         yield residence
 

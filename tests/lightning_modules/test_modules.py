@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_modules import DenseModule, MoEModule, UpITModule
@@ -33,11 +34,15 @@ def test_settings_of_a_later_phase_are_refused_at_once(wrong):
 def test_graphs_exclude_what_they_cannot_hold(make_data, tmp_path):
     with pytest.raises(ValueError, match="cuda_graphs and gradient_checkpointing exclude"):
         MoEModule(cuda_graphs=True, gradient_checkpointing=True)
-    trainer = make_trainer(tmp_path, [], logger=False, devices=2, strategy="ddp")
-    module = make_module(cuda_graphs=True)
-    module.trainer = trainer
-    with pytest.raises(ValueError, match="cuda_graphs=True is for one device, there are 2"):
-        module.setup("fit")
+    two = make_trainer(tmp_path, [], logger=False, devices=2, strategy="ddp")
+    sharded = make_trainer(tmp_path, [], logger=False, strategy=ModelParallelStrategy(1, 1))
+    for trainer, message in ((two, "2 with DDPStrategy"), (sharded, "1 with ModelParallelStrategy")):
+        module = make_module(cuda_graphs=True)
+        module.trainer = trainer
+        with pytest.raises(ValueError, match=f"cuda_graphs=True is for one device without a strategy.* {message}"):
+            module.setup("fit")
+    with pytest.raises(ValueError, match="cuda_graphs=True needs batches of one shape: set data"):
+        fit(make_module(cuda_graphs=True), make_data(packing=False), tmp_path)
 
 
 def test_an_upcycled_moe_is_not_loaded_too():

@@ -1,5 +1,7 @@
 """Training steps through CUDA graphs against the same steps without, gradients included."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -7,7 +9,7 @@ from transformers import LlamaConfig
 from upit.examples import collate
 from upit.families import moe_config
 from upit.forward import body_states, last_routing, response_loss
-from upit.graphs import GraphedBody
+from upit.graphs import GraphedBody, _Graphs
 from upit.models import build
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -16,20 +18,33 @@ DENSE = LlamaConfig(**FIELDS, num_attention_heads=4, num_key_value_heads=2)
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
-class NoGraphs:
-    """In place of the capture, without a GPU: everything around it."""
+class HeldGraphs(_Graphs):
+    """In place of the capture, without a GPU: passes whose results lie where those of the graphs would."""
 
     def __init__(self, function, inputs, params):
-        self.function = function
+        self.function, self.params = function, params
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.outputs = [output.detach().clone() for output in function(*inputs)]
+        self.grad_outputs = [torch.empty_like(output) for output in self.outputs]
+        self.grads = [torch.empty_like(param) for param in params]
+        self._forward, self._backward = SimpleNamespace(replay=self.run), SimpleNamespace(replay=self.run_backward)
 
-    def __call__(self, *inputs):
-        return self.function(*inputs)
+    @torch.enable_grad()
+    def run(self):
+        self.last = self.function(*self.inputs)
+        for held, output in zip(self.outputs, self.last, strict=True):
+            held.copy_(output.detach())
+
+    @torch.enable_grad()
+    def run_backward(self):
+        for held, grad in zip(self.grads, self._grads_of(self.last, self.grad_outputs), strict=True):
+            held.copy_(grad)
 
 
 @pytest.fixture(autouse=True)
-def plain_on_cpus(monkeypatch):
+def held_on_cpus(monkeypatch):
     if not torch.cuda.is_available():
-        monkeypatch.setattr("upit.graphs._Graphs", NoGraphs)
+        monkeypatch.setattr("upit.graphs._Graphs", HeldGraphs)
 
 
 def batch_of(rows, seed, device, length=128):
@@ -125,3 +140,16 @@ def test_a_training_step_never_waits_for_the_device(graphs):
         step(later)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradients_are_copied_only_where_they_add_up(monkeypatch):
+    model, body = build(DENSE).train(), GraphedBody()
+    copies, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self: copies.append(1) or clone(self))
+    for number, zeroed in enumerate([True, True, False]):
+        loss, _ = response_loss(model, batch_of([2, 2], number, "cpu"), body=body)
+        if zeroed:  # where Lightning does it
+            model.zero_grad()
+        copies.clear()
+        loss.backward()
+        assert len(copies) == (0 if zeroed else len(list(model.model.parameters())))

@@ -179,6 +179,6 @@ def test_a_gpu_that_is_not_there_is_refused(pool, tmp_path, monkeypatch):
 def test_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("upit.resident.find_spec", lambda name: None)
+    monkeypatch.setattr("upit.resident.HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs Triton"):
         checked_device("cuda", "device")

@@ -1,9 +1,13 @@
-"""Copies from a GPU that training does not wait for."""
+"""What is there of a GPU, and copies from it that the host does not wait for."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+CPU = torch.device("cpu")
+HAS_TRITON = find_spec("triton") is not None
 
 
 def host_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

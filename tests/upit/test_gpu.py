@@ -1,9 +1,9 @@
-"""Copies that training does not wait for hold what was there when they were asked for."""
+"""Copies that the host does not wait for hold what was there when they were asked for."""
 
 import pytest
 import torch
 
-from upit.transfer import host_copy, wait_for_copies
+from upit.gpu import host_copy, wait_for_copies
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
