@@ -6,7 +6,7 @@ SmolLM2-135M's shape, 16 x 1024 packed tokens, fused AdamW, through the command 
 variant is a process of its own; steps are timed between synchronisations, after a warm-up.
 
 - ``dense``: FFN twice as wide, which is what 2 of 8 experts compute; compiled.
-- ``upit``: 8 experts, top-2, upcycled after a few dense steps; compiled.
+- ``upit``: 8 experts, top-2, upcycled after a few dense steps as in the vanilla baseline; compiled.
 - ``dense+g``, ``upit+g``: their decoder layers as CUDA graphs too.
 - ``stock``, ``stock+c``: the same MoE with transformers' ``grouped_mm`` experts, eager and compiled.
 """
@@ -101,18 +101,18 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
     first = WARM_UP if is_dense else DENSE_STEPS + WARM_UP
     timer = {"file": str(figures), "first": first, "timed": TIMED}
     timer["profile"] = f"{options.profile}/{variant.replace('+', '_')}.txt" if options.profile else None
-    both = {"compile": compiled, "cuda_graphs": variant.endswith("+g")}
-    dense: dict[str, Any] = {**both}
+    fast = {"compile": compiled, "cuda_graphs": variant.endswith("+g")}
+    dense: dict[str, Any] = {**fast} if is_dense else {}
     if is_dense or options.from_scratch:
         dense |= {"model": None, "config": WIDE if is_dense else {**WIDE, "intermediate_size": 1536}}
-    method = {} if not is_dense else {"harvest": None, "upcycling": None}
-    method = method or {
-        "harvest": {"every_n_steps": DENSE_STEPS // 2},
-        "upcycling": {"at_epoch": None, "at_step": DENSE_STEPS, "drift_examples": 4},
-    }
+    method: dict[str, Any] = {"harvest": None, "upcycling": None}
+    if not is_dense:
+        vanilla = yaml.safe_load((ROOT / "configs/baselines/vanilla.yaml").read_text())["upcycling"]
+        swap = {"at_epoch": None, "at_step": DENSE_STEPS, "drift_examples": 4}
+        method = {"harvest": {"every_n_steps": DENSE_STEPS}, "upcycling": {**swap, **vanilla}}
     return {
         "trainer": {
-            "max_steps": first + TIMED + 10,
+            "max_steps": first + TIMED + (10 if options.profile else 1),
             "max_epochs": 4,
             "precision": options.precision,
             "limit_val_batches": 0,
@@ -120,7 +120,7 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
             "callbacks": [{"class_path": "benchmarks.training_step.StepTimer", "init_args": timer}],
             "logger": False,
         },
-        "model": {"init_args": {"dense": {"init_args": dense}, "moe": {"init_args": both}}},
+        "model": {"init_args": {"dense": {"init_args": dense}, "moe": {"init_args": fast}}},
         "data": {"init_args": {"train_size": 2600} | ({"tokenizer": None} if options.from_scratch else {})},
         **method,
     }

@@ -61,34 +61,60 @@ def expand(
             from their files each time. It draws masks of its own, so its children are others than the CPU's.
     Raises: ValueError: N < 1, fewer than two experts to merge, parents that can't be chosen, or no such device.
     """
-    merge, parents, similarity = merge or Dare(), parents or MostDissimilar(), similarity or Cosine()
-    check_choices(len(pool), num_experts, parents, metrics_of(pool))
+    how = _Choices(
+        merge or Dare(), parents or MostDissimilar(), similarity or Cosine(), selection or Even(), seed, score, track
+    )
+    check_choices(len(pool), num_experts, how.parents, metrics_of(pool))
     with residence_on(checked_device(device, "device"), base.shapes, max(num_experts, len(pool))) as residence:
         *experts, base = [replace(expert, residence=residence) for expert in (*pool, base)]
-        products = _products(similarity, experts, len(experts), base, score, track)
-        if num_experts < len(pool):
-            chosen = (selection or Even()).choose(similarity.matrix(products), num_experts)
-            experts, products = [experts[i] for i in chosen], products[chosen][:, chosen]
-        first, specs, used = len(experts), [expert.specs for expert in experts], set[tuple[int, int]]()
-        for number in range(num_experts - first):
-            matrix = similarity.matrix(products)
-            j, k = parents.choose(matrix, experts, used=used, generator=seeded(seed, number, "parents"))
-            used.add((j, k))
-            birth = _birth(number, (j, k), float(matrix[j, k]), seed)
-            birth |= {"merge": merge.describe(), "chosen_by": [parents.describe(), similarity.describe()]}
-            birth["device"] = base.device.type
-            child = _child([experts[j], experts[k]], base, birth, merge, output, specs[j], track)
-            specs.append(specs[j])
-            experts += _written([child], track) if similarity.needs_losses else [child]
-            row = _products(similarity, experts, 1, base, score, track)
-            products = torch.cat([torch.cat([products, row[:, :-1].T], dim=1), row])
-        experts = _written(experts, track)
-    if residence:
-        experts = [replace(expert, residence=None) for expert in experts]
-    lineage = [_entry(i, expert, similarity) for i, expert in enumerate(experts)]
+        experts, products = _chosen(experts, base, num_experts, how)
+        first = len(experts)
+        experts, products = _bred(experts, products, base, num_experts, output, how)
+    lineage = [_entry(i, expert, how.similarity) for i, expert in enumerate(experts)]
     for entry in lineage[first:]:
-        entry["drop_rate"] = getattr(merge, "drop_rate", None)
-    return Expansion(experts, lineage, similarity.matrix(products).tolist())
+        entry["drop_rate"] = getattr(how.merge, "drop_rate", None)
+    return Expansion(experts, lineage, how.similarity.matrix(products).tolist())
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What :func:`expand` is told, for its parts."""
+
+    merge: Merge
+    parents: Parents
+    similarity: Similarity
+    selection: Selection
+    seed: int
+    score: Score | None
+    track: Track
+
+
+def _chosen(experts: list[Expert], base: Expert, most: int, how: _Choices) -> tuple[list[Expert], Tensor]:
+    """At most so many of the experts, and their inner products."""
+    products = _products(experts, len(experts), base, how)
+    if most >= len(experts):
+        return experts, products
+    chosen = how.selection.choose(how.similarity.matrix(products), most)
+    return [experts[i] for i in chosen], products[chosen][:, chosen]
+
+
+def _bred(
+    experts: list[Expert], products: Tensor, base: Expert, num_experts: int, output: Path, how: _Choices
+) -> tuple[list[Expert], Tensor]:
+    """The experts with the children that make them N, all on disk, and the inner products of all."""
+    used: set[tuple[int, int]] = set()
+    specs = [expert.specs for expert in experts]  # a child's file may still be being written
+    for number in range(num_experts - len(experts)):
+        matrix = how.similarity.matrix(products)
+        j, k = how.parents.choose(matrix, experts, used=used, generator=seeded(how.seed, number, "parents"))
+        used.add((j, k))
+        birth = _birth(number, (j, k), float(matrix[j, k]), base, how)
+        child = _child([experts[j], experts[k]], base, birth, output, specs[j], how)
+        experts = [*experts, *(_written([child], how.track) if how.similarity.needs_losses else [child])]
+        specs.append(specs[j])
+        row = _products(experts, 1, base, how)
+        products = torch.cat([torch.cat([products, row[:, :-1].T], dim=1), row])
+    return [replace(expert, residence=None) for expert in _written(experts, how.track)], products
 
 
 def check_choices(available: int, num_experts: int, parents: Parents, metrics: Collection[str]) -> None:
@@ -115,13 +141,11 @@ def metrics_of(experts: Iterable[Expert]) -> set[str]:
     return {name for expert in experts for name in expert.metrics}
 
 
-def _products(
-    similarity: Similarity, experts: Sequence[Expert], new: int, base: Expert, score: Score | None, track: Track
-) -> Tensor:
+def _products(experts: Sequence[Expert], new: int, base: Expert, how: _Choices) -> Tensor:
     """Inner products; only a similarity that scores needs every rank."""
-    if similarity.needs_losses:
-        return similarity.products(experts, new, base, score=score, track=track)
-    return on_rank_zero(lambda: similarity.products(experts, new, base, track=track))
+    if how.similarity.needs_losses:
+        return how.similarity.products(experts, new, base, score=how.score, track=how.track)
+    return on_rank_zero(lambda: how.similarity.products(experts, new, base, track=how.track))
 
 
 def _entry(i: int, expert: Expert, similarity: Similarity) -> dict[str, Any]:
@@ -129,41 +153,38 @@ def _entry(i: int, expert: Expert, similarity: Similarity) -> dict[str, Any]:
     return {"expert": i, **expert.origin, **file, "measure": similarity.describe()}
 
 
-def _birth(number: int, pair: tuple[int, int], similarity: float, seed: int) -> dict[str, Any]:
-    alpha = float(torch.rand((), generator=seeded(seed, number, "alpha"), dtype=torch.float64))
+def _birth(number: int, pair: tuple[int, int], similarity: float, base: Expert, how: _Choices) -> dict[str, Any]:
+    alpha = float(torch.rand((), generator=seeded(how.seed, number, "alpha"), dtype=torch.float64))
     return {
         "kind": "merged",
         "round": number,
         "parents": list(pair),
         "alpha": alpha,
         "beta": 1.0 - alpha,
-        "seed": seed,
+        "seed": how.seed,
         "similarity": similarity,
+        "merge": how.merge.describe(),
+        "chosen_by": [how.parents.describe(), how.similarity.describe()],
+        "device": base.device.type,
     }
 
 
 def _child(
-    parents: Sequence[Expert],
-    base: Expert,
-    birth: dict[str, Any],
-    merge: Merge,
-    output: Path,
-    specs: Specs,
-    track: Track,
+    parents: Sequence[Expert], base: Expert, birth: dict[str, Any], output: Path, specs: Specs, how: _Choices
 ) -> Expert:
     """Make the child of two experts. One that is still being written has its fingerprint for a sha256."""
     number, seed, residence = birth["round"], birth["seed"], base.residence
     weights = [birth["alpha"], birth["beta"]]
     ancestors = [base.sha256, *(parent.sha256 for parent in parents)]
     device = [residence.device.type] if residence else []  # which draws masks, and rounds, in its own way
-    fingerprint = digest([ancestors, weights, merge.describe(), seed, number, *device])
+    fingerprint = digest([ancestors, weights, how.merge.describe(), seed, number, *device])
 
     def child(name: str) -> tuple[str, Tensor]:
         generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]
-        return name, merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
+        return name, how.merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
 
     file = output / f"merged_{number:02d}.safetensors"
-    content = file, ahead(child, track(base.shapes, f"(merge {number + 1})")), specs, fingerprint
+    content = file, ahead(child, how.track(base.shapes, f"(merge {number + 1})")), specs, fingerprint
     if residence is None:
         sha256 = on_rank_zero(lambda: write_once(*content))
     else:
