@@ -113,9 +113,13 @@ class GraphedBody:
         if batch["input_ids"].shape != self._shape or len(batch["lengths"]) > self._sequences:
             return body_states(model, batch)
         states_BTH, *routing = self._graphs(*self._inputs(model, batch))
+        self._keep(routing)
+        return states_BTH
+
+    def _keep(self, routing: Sequence[Tensor | None]) -> None:
+        """Let the routers have what they said last, logits and experts in turns."""
         for router, logits_TE, experts_TK in zip(self._routers, routing[::2], routing[1::2], strict=True):
             router.last_logits, router.last_experts = logits_TE, experts_TK
-        return states_BTH
 
     def _inputs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         lengths_S = F.pad(batch["lengths"], (0, self._sequences - len(batch["lengths"])))
@@ -125,8 +129,8 @@ class GraphedBody:
     def _capture(self, model: PreTrainedModel, batch: Batch) -> _Graphs:
         self._shape, self._sequences = batch["input_ids"].shape, SPARE * len(batch["lengths"])
         self._routers = moe_routers(model) if model.config.model_type in MOE_TYPES else []
-        for router in self._routers:
-            router.last_logits = router.last_experts = None  # their autograd graph belongs to another stream
+        nothing = [None, None] * len(self._routers)  # what they said holds an autograd graph, and that a stream
+        self._keep(nothing)
         body: Any = model.model
 
         def run(input_ids_BT: Tensor, position_ids_BT: Tensor, mask: Tensor) -> list[Tensor]:
@@ -138,4 +142,6 @@ class GraphedBody:
         # a cast that autocast has cached would be missing from the graphs
         autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
         with autocast, launched_by_graphs(model) if self._routers else nullcontext():
-            return _Graphs(run, self._inputs(model, batch), params)
+            graphs = _Graphs(run, self._inputs(model, batch), params)
+        self._keep(nothing)
+        return graphs
