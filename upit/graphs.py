@@ -107,9 +107,16 @@ class GraphedBody:
         self._graphs: _Graphs | None = None
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Final hidden states, (B, T, H); the routers' ``last_logits`` and ``last_experts`` are those of this pass."""
+        """Final hidden states, (B, T, H); the routers' ``last_logits`` and ``last_experts`` are those of this pass.
+
+        Raises: RuntimeError: the first pass can't be captured.
+        """
         if self._graphs is None:
-            self._graphs = self._capture(model, batch)
+            try:
+                self._graphs = self._capture(model, batch)
+            except RuntimeError as error:
+                kind = model.config.model_type
+                raise RuntimeError(f"a {kind} can't be captured as CUDA graphs; set cuda_graphs=false") from error
         if batch["input_ids"].shape != self._shape or len(batch["lengths"]) > self._sequences:
             return body_states(model, batch)
         states_BTH, *routing = self._graphs(*self._inputs(model, batch))

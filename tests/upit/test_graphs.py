@@ -153,3 +153,12 @@ def test_gradients_are_copied_only_where_they_add_up(monkeypatch):
         copies.clear()
         loss.backward()
         assert len(copies) == (0 if zeroed else len(list(model.model.parameters())))
+
+
+def test_what_cannot_be_captured_says_how_to_go_on(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("upit.graphs._Graphs", refuse)
+    with pytest.raises(RuntimeError, match="a llama can't be captured as CUDA graphs; set cuda_graphs=false"):
+        GraphedBody()(build(DENSE).train(), batch_of([2, 2], 0, "cpu"))
