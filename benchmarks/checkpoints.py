@@ -1,6 +1,9 @@
-"""Make a base and 8 checkpoints of SmolLM2-135M's shape: random weights, each a small random step further."""
+"""Make a base and 8 checkpoints of SmolLM2-135M's shape: random weights, each a small random step further.
 
-import sys
+python -m benchmarks.checkpoints FOLDER
+"""
+
+import argparse
 from pathlib import Path
 
 import torch
@@ -39,4 +42,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where they go: 2.4 GB")
+    main(parser.parse_args().folder)

@@ -22,11 +22,11 @@ SMALL = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
-EXPERTS = [4, 8, 16, 32, 64]
+EXPERTS, ROUNDS = [4, 8, 16, 32, 64], 7
 SIZES = {"0.13": (576, 1536, 30), "0.36": (960, 2560, 32), "0.72": (1280, 3456, 36)}  # billion parameters, about
 
 
-def step_times(rounds: int = 7) -> dict[int, float]:
+def step_times() -> dict[int, float]:
     """Milliseconds of a training step by the number of experts."""
     import torch
     from transformers import LlamaConfig
@@ -42,7 +42,7 @@ def step_times(rounds: int = 7) -> dict[int, float]:
     models = {count: build(moe_config(LlamaConfig(**SMALL), num_experts=count, top_k=2)).train() for count in EXPERTS}
     optimizers = {count: torch.optim.AdamW(model.parameters(), fused=True) for count, model in models.items()}
     seconds: dict[int, list[float]] = {count: [] for count in EXPERTS}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for count, model in models.items():
             start = time.process_time()
             response_losses(model, batch)[0].mean().backward()

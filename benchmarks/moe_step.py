@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from upit import experts
-from upit.examples import Batch, collate
+from upit.examples import Batch, collate, token_mask
 from upit.families import moe_config
 from upit.forward import Body, body_states, last_routing, response_loss
 from upit.graphs import GraphedBody
@@ -94,8 +94,7 @@ def loss_of(kind: str, model, batch: Batch, body: Body, balanced: bool) -> torch
     if kind == "dense" or not balanced:
         return loss
     logits_DTE, ids_DTK = last_routing(model)
-    mask_T = (batch["example_ids"] >= 0).flatten()
-    balance = load_balancing_loss(router_logits_DTE=logits_DTE, expert_ids_DTK=ids_DTK, mask_T=mask_T)
+    balance = load_balancing_loss(router_logits_DTE=logits_DTE, expert_ids_DTK=ids_DTK, mask_T=token_mask(batch))
     return loss + BALANCE * balance
 
 
@@ -165,9 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--precision", choices=["bf16-mixed", "bf16-true"], default="bf16-mixed")
-    parser.add_argument(
-        "--variants", nargs="*", default=["dense+c", "dense+c+g", "upit+c", "upit+c+g", "stock", "stock+c"]
-    )
+    parser.add_argument("--variants", nargs="*", default=VARIANTS)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16, help="of 1,024 tokens in a forward pass")
     parser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")

@@ -19,7 +19,7 @@ from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.examples import IGNORE, Batch
 from upit.forward import Body, body_states, response_loss
-from upit.graphs import GraphedBody
+from upit.graphs import GraphedBody, check_capturable
 from upit.metrics import WeightedMeans
 from upit.models import build
 from upit.sharding import shard
@@ -38,7 +38,7 @@ class CausalLMModule(EvaluatedModule):
         warmup_fraction: part of the phase's steps in which the rate rises linearly.
         compile: compile each decoder layer in place (keys stay; layers share one graph), for training steps only:
             validation and generation meet many shapes and run eagerly.
-        cuda_graphs: run the decoder layers of training steps as CUDA graphs, see :class:`upit.graphs.GraphedBody`; for
+        cuda_graphs: run the decoder's body in training steps as CUDA graphs, see :class:`upit.graphs.GraphedBody`; for
             small models, whose kernels end before the host has launched the next. One GPU; nothing on a CPU.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
         trust_remote_code: allow model code that comes with the weights.
@@ -132,6 +132,9 @@ class CausalLMModule(EvaluatedModule):
             )
         if not trainer.datamodule.packing:
             raise ValueError("cuda_graphs=True needs batches of one shape: set data.packing=true, or leave it out")
+        graphed_moe = any(phase.cuda_graphs for phase in self.phases if phase.phase == "moe")
+        if graphed_moe and trainer.strategy.root_device.type == "cuda":
+            check_capturable(trainer.precision)
 
     # --- building ------------------------------------------------------------------------------------
 

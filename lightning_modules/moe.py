@@ -80,7 +80,7 @@ class MoEModule(CausalLMModule):
         loss = lm_loss + self.load_balancing_weight * balance
         if self.router_z_loss_weight:
             tokens = all_sum(mask_T.sum(dtype=torch.float32)).clamp(min=1.0) / world_size()
-            z_loss = router_z_loss(router_logits_DTE=router_logits_DTE, mask_T=mask_T, denominator=tokens)
+            z_loss = router_z_loss(router_logits_DTE=router_logits_DTE, mask_T=mask_T, tokens=tokens)
             terms["router_z_loss"] = z_loss.detach()
             loss = loss + self.router_z_loss_weight * z_loss
         return loss, terms, response_tokens

@@ -16,6 +16,8 @@ from upit.losses import grouped_losses
 from upit.metrics import WeightedMeans
 from upit.scoring import Autocast, to_device
 
+MARGIN = 16  # tokens that an answer may be longer than expected; ours
+
 Scores = dict[str, Any]
 Track = Callable[[Iterable], Iterable]
 
@@ -52,9 +54,9 @@ def greedy_answers(
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def answer_budget(example: Example, *, margin: int = 16) -> int:
-    """Tokens to allow the answer to an example: one and a half times its reference response, and a margin."""
-    return (len(example["input_ids"]) - example["prompt_length"]) * 3 // 2 + margin
+def answer_budget(example: Example) -> int:
+    """Tokens to allow the answer to an example: one and a half times its reference response, and ``MARGIN``."""
+    return (len(example["input_ids"]) - example["prompt_length"]) * 3 // 2 + MARGIN
 
 
 def heldout_batch(model: PreTrainedModel, data, indices: Sequence[int]) -> Batch:
@@ -211,7 +213,7 @@ def drift(
     autocast: Autocast = nullcontext,
     track: Track = lambda batches: batches,
 ) -> float:
-    """How far the swap moved the model: mean KL(before || now) in nats over held-out response tokens."""
+    """How far a change moved the model: mean KL(before || now) in nats over held-out response tokens."""
     now = reference_logits(model, data, num_examples, autocast=autocast, track=track)
     total = sum(
         float(F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"))

@@ -65,7 +65,8 @@ def expand(
         merge or Dare(), parents or MostDissimilar(), similarity or Cosine(), selection or Even(), seed, score, track
     )
     check_choices(len(pool), num_experts, how.parents, metrics_of(pool))
-    with residence_on(checked_device(device, "device"), base.shapes, max(num_experts, len(pool))) as residence:
+    place = checked_device(device, "device"), base.shapes, max(num_experts, len(pool))
+    with residence_on(*place, alone=not how.similarity.needs_losses) as residence:
         *experts, base = [replace(expert, residence=residence) for expert in (*pool, base)]
         experts, products = _chosen(experts, base, num_experts, how)
         first = len(experts)

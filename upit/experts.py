@@ -23,7 +23,7 @@ from upit.attention import HALF, compute_dtype
 from upit.gpu import HAS_TRITON
 
 NAME, TRITON, QUACK = "upit_grouped", "upit_triton", "upit_quack"
-WIDE = 2048  # hidden width from which QuACK's kernels run longer than the host takes to launch them; ours
+QUACK_WIDTH = 2048  # hidden width from which QuACK's kernels run longer than the host takes to launch them; ours
 HAS_QUACK = find_spec("quack") is not None
 
 
@@ -52,7 +52,7 @@ def has_quack() -> bool:
 
 def takes_quack(name: str, hidden: int, inner: int) -> bool:
     """Whether experts of these widths run QuACK's kernels under a name."""
-    wanted = name == QUACK or (name == NAME and hidden >= WIDE)
+    wanted = name == QUACK or (name == NAME and hidden >= QUACK_WIDTH)
     return wanted and hidden % 8 == 0 == inner % 8 and has_quack()
 
 

@@ -95,6 +95,19 @@ class _Replay(torch.autograd.Function):
         return None, None, *(grad.detach() for grad in ctx.graphs.grads)
 
 
+def check_capturable(precision: str) -> None:
+    """Raises: ValueError: experts in this precision, or on this GPU, run on sizes that the host must know."""
+    if precision.startswith(("32", "64")):
+        raise ValueError(
+            f"cuda_graphs=True of a MoE needs half precision, such as trainer.precision=bf16-mixed, not {precision!r}"
+        )
+    if torch.cuda.get_device_capability() < (9, 0):
+        raise ValueError(
+            f"cuda_graphs=True of a MoE needs a Hopper GPU or a newer one, not a {torch.cuda.get_device_name()}; "
+            "leave it out"
+        )
+
+
 class GraphedBody:
     """:func:`upit.forward.body_states` for training steps, by CUDA graphs.
 
@@ -114,6 +127,8 @@ class GraphedBody:
         if self._graphs is None:
             try:
                 self._graphs = self._capture(model, batch)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 kind = model.config.model_type
                 raise RuntimeError(f"a {kind} can't be captured as CUDA graphs; set cuda_graphs=false") from error

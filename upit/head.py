@@ -1,6 +1,6 @@
 """Cross entropy behind the head, whose logits never exist for more than ``HEAD_TOKENS`` tokens at a time.
 
-``L`` response tokens, ``H`` hidden, ``V`` vocabulary.
+``L`` response tokens, ``C`` of them in a chunk, ``H`` hidden, ``V`` vocabulary.
 """
 
 import torch

@@ -39,15 +39,17 @@ def _tile(rows: int, columns: int, blocks: int = 1) -> GemmConfig:
 
 # The fastest of those tried at 576 x 1536, and at 2048 x 5632 and 4096 x 11008 (docs/performance.md). Fixed, since a
 # search would synchronise, which the capture of a CUDA graph forbids; constants, since QuACK knows a tile by identity.
-NARROW = Tiles(_tile(128, 192), _tile(128, 192, 2), _tile(128, 128), _tile(128, 256), _tile(256, 192), _tile(128, 256))
-WIDE = Tiles(
+NARROW_TILES = Tiles(
+    _tile(128, 192), _tile(128, 192, 2), _tile(128, 128), _tile(128, 256), _tile(256, 192), _tile(128, 256)
+)
+WIDE_TILES = Tiles(
     _tile(128, 192, 2), _tile(128, 256, 2), _tile(128, 128, 2), _tile(256, 192, 2), _tile(128, 256, 2), _tile(256, 192)
 )
 
 
 def tiles(hidden: int) -> Tiles:
     """For experts of this hidden width."""
-    return NARROW if hidden <= 1024 else WIDE
+    return NARROW_TILES if hidden <= 1024 else WIDE_TILES
 
 
 def gate_and_up(x_TH: Tensor, gate_up_EJH: Tensor, tokens_N: Tensor, bounds_F: Tensor) -> tuple[Tensor, Tensor]:

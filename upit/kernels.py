@@ -4,7 +4,8 @@ What the profile of the plain path shows beside the products: sorting, and the s
 Here assignments are put in order by counting, and each gather's backward pass is a gather itself, by the inverse
 order. All of it is deterministic: no atomics.
 
-Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``H`` hidden, ``I`` inner.
+Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` experts, ``F = E + 1`` bounds of the
+experts' rows, ``H`` hidden, ``I`` inner, ``J = 2 * I``.
 """
 
 from typing import Any, NamedTuple

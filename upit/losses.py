@@ -61,13 +61,12 @@ def load_balancing_loss(
     return num_experts * (f_DE * p_DE).sum(-1).mean()
 
 
-def router_z_loss(*, router_logits_DTE: Tensor, mask_T: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+def router_z_loss(*, router_logits_DTE: Tensor, mask_T: Tensor, tokens: Tensor) -> Tensor:
     """Mean over tokens and layers of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906, eq. 5).
 
     Args:
         mask_T: True for tokens that count.
-        denominator: number of tokens to average over; default those of the mask.
+        tokens: how many to average over: those of the mask, or the mean of the ranks' counts.
     """
     squares_DT = router_logits_DTE.float().logsumexp(-1).square()
-    tokens = mask_T.sum().clamp(min=1) if denominator is None else denominator
     return (squares_DT * mask_T).sum() / (tokens * len(squares_DT))

@@ -99,15 +99,20 @@ def checked_device(name: str, field: str) -> torch.device:
 
 @contextmanager
 def residence_on(
-    device: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int
+    device: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int, *, alone: bool
 ) -> Iterator[Residence | None]:
-    """A GPU's residence for as many tensors as its free memory holds beside the work on two; None on the CPU."""
+    """A GPU's residence for as many tensors as its free memory holds beside the work on two; None on the CPU.
+
+    Args:
+        alone: nothing else needs memory in the meantime; else no tensor stays.
+    """
     if device.type == "cpu":
         yield None
         return
     torch.cuda.empty_cache()  # what is left to the allocator then is the CUDA graphs', and no one else's
     free, _ = torch.cuda.mem_get_info(device)
-    with closing(Residence(device, free - working_memory(shapes, num_experts))) as residence:
+    budget = free - working_memory(shapes, num_experts) if alone else 0
+    with closing(Residence(device, budget)) as residence:
         yield residence
 
 

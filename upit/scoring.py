@@ -28,6 +28,8 @@ from upit.seed_data import Assignment
 from upit.sharding import full, local, local_slices
 from upit.tensor_files import Specs
 
+BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -80,9 +82,7 @@ def score_examples(
     dataset: Sequence[Example],
     *,
     pad_id: int,
-    max_tokens: int = 8192,
     autocast: Autocast = nullcontext,
-    track: Callable[[Iterable], Iterable] = lambda batches: batches,
 ) -> tuple[Tensor, Tensor]:
     """Response loss of each example under a model; the ranks share the batches.
 
@@ -90,15 +90,13 @@ def score_examples(
         model: a causal LM, in evaluation mode.
         indices: S examples of ``dataset``.
         pad_id: token for padding.
-        max_tokens: size of a batch with its padding.
-        track: wraps the batches, for a progress bar.
     Returns: ``loss_S`` (sum over response tokens, nats) and ``tokens_S``, float64, on every rank.
     """
     device = next(model.parameters()).device
     row_of = {index: row for row, index in enumerate(indices)}
     sums = torch.zeros(2, len(indices), dtype=torch.float64, device=device)
     lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
-    for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=max_tokens))):
+    for group, counts in own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS)):
         batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
         with autocast():
             losses_L, targets_L, ids_L = response_losses(model, batch)
@@ -119,18 +117,17 @@ def ffn_inputs_by_example(
     dataset: Sequence[Example],
     *,
     pad_id: int,
-    max_tokens: int = 8192,
     autocast: Autocast = nullcontext,
     track: Callable[[Iterable], Iterable] = lambda batches: batches,
 ) -> Iterator[tuple[int, Tensor]]:
     """What enters the FFN of each layer at each token of an example; a collective.
 
-    Args: as for :func:`score_examples`.
+    Args: as for :func:`score_examples`; ``track`` wraps the batches, for a progress bar.
     Yields: the index of an example of this rank's share, and its (D, N, H) hidden states.
     """
     device = next(dense.parameters()).device
     lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
-    for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=max_tokens))):
+    for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS))):
         batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
         with autocast(), ffn_inputs_of(dense) as inputs:
             response_states(dense, batch)

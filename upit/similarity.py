@@ -61,7 +61,7 @@ def inner_products(experts: Sequence[Expert], names: Iterable[str], *, new: int,
     """Inner products of the last ``new`` experts with all of them, (new, M) float64.
 
     Streams tensor by tensor and reads each expert once. On the CPU holds one float32 tensor of every new expert and of
-    one other, twice over; on a GPU one tensor of all experts.
+    one other, twice over; on a GPU two tensors of all experts.
 
     Args:
         names: the tensors to compare.

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from upit.examples import collate
 from upit.families import moe_config
 from upit.forward import body_states, last_routing, response_loss
-from upit.graphs import GraphedBody, _Graphs
+from upit.graphs import GraphedBody, _Graphs, check_capturable
 from upit.models import build
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -162,3 +162,14 @@ def test_what_cannot_be_captured_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr("upit.graphs._Graphs", refuse)
     with pytest.raises(RuntimeError, match="a llama can't be captured as CUDA graphs; set cuda_graphs=false"):
         GraphedBody()(build(DENSE).train(), batch_of([2, 2], 0, "cpu"))
+
+
+def test_experts_that_ask_the_host_are_refused_before_the_run(monkeypatch):
+    with pytest.raises(ValueError, match="precision=bf16-mixed, not '32-true'"):
+        check_capturable("32-true")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="needs a Hopper GPU or a newer one, not a NVIDIA A100"):
+        check_capturable("bf16-mixed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_capturable("bf16-mixed")

@@ -152,7 +152,7 @@ def test_an_expansion_without_masks_is_the_cpus(pool, tmp_path, similarity):
 
 def test_an_expansion_that_keeps_nothing_on_the_device_is_the_same(pool, tmp_path, monkeypatch):
     kept = run(pool, tmp_path / "kept")
-    monkeypatch.setattr(expansion, "residence_on", lambda device, *_: closing(Residence(device, 0)))
+    monkeypatch.setattr(expansion, "residence_on", lambda device, *_, alone: closing(Residence(device, 0)))
     streamed = run(pool, tmp_path / "streamed")
     assert [expert.sha256 for expert in streamed.experts] == [expert.sha256 for expert in kept.experts]
     assert streamed.similarity == kept.similarity

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from tests.upit.pools import make_pool
 from upit import expansion
 from upit.expansion import expand
+from upit.gpu import CPU
 from upit.pool import file_sha256, write_once
-from upit.resident import CPU, Residence, checked_device, working_memory
+from upit.resident import Residence, checked_device, residence_on, working_memory
 from upit.similarity import Functional, untracked
 from upit.tensor_files import TensorFileError, TensorFiles
 
@@ -44,7 +45,7 @@ def run(pool, output, **kwargs):
 
 def reside(monkeypatch, budget):
     """Let expansions keep tensors, as on a GPU."""
-    monkeypatch.setattr(expansion, "residence_on", lambda *_: closing(Residence(CPU, budget)))
+    monkeypatch.setattr(expansion, "residence_on", lambda *_, alone: closing(Residence(CPU, budget)))
 
 
 def fingerprint(expert):
@@ -182,3 +183,11 @@ def test_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr("upit.resident.HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs Triton"):
         checked_device("cuda", "device")
+
+
+def test_nothing_stays_on_a_gpu_that_also_scores(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    for alone, expected in ((True, 10**9 - working_memory({"a": (5, 7)}, 16)), (False, 0)):
+        with residence_on(torch.device("cuda"), {"a": (5, 7)}, 16, alone=alone) as residence:
+            assert residence._free == expected

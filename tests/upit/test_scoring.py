@@ -53,8 +53,9 @@ def loss_alone(model, index: int) -> tuple[float, int]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("max_tokens", [1, 30, 8192])
-def test_scores_are_those_of_each_example_alone(dense, max_tokens):
-    loss_S, tokens_S = score_examples(dense, SEEDS, DATA.train_set, pad_id=0, max_tokens=max_tokens)
+def test_scores_are_those_of_each_example_alone(dense, max_tokens, monkeypatch):
+    monkeypatch.setattr("upit.scoring.BATCH_TOKENS", max_tokens)
+    loss_S, tokens_S = score_examples(dense, SEEDS, DATA.train_set, pad_id=0)
     for row, index in enumerate(SEEDS):
         loss, tokens = loss_alone(dense, index)
         assert float(loss_S[row]) == pytest.approx(loss, rel=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +145,6 @@ def optimise_routing_vectors(
     batch_size: int = 8,
     seed: int = 0,
     autocast: Autocast = nullcontext,
-    track: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Tensor:
     """Pre-optimise one expert's routing vectors on its own seed bucket.
 
@@ -178,7 +177,7 @@ def optimise_routing_vectors(
 
     tokens = sum(len(dataset[index]["input_ids"]) for index in bucket)
     kept = states_of(bucket) if not experts and 4 * tokens * vectors_DH.numel() <= STATES_BYTES else None
-    for _ in track(range(epochs)):
+    for _ in range(epochs):
         order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
         for start_at in range(0, len(order), batch_size):
             indices = order[start_at : start_at + batch_size]
