@@ -12,7 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 128  # of a tile, whose products are summed in float32; the tiles' sums in float64
+FEW = 8  # experts at most, whose products a warp holds in registers
+WIDTH = 128  # columns that a warp reads at a time, four a thread
+STEPS = 32  # of one warp, whose products a thread sums in float32; the threads' sums in float64
+STAGES = 4  # steps whose loads are under way together
+COLUMNS = 128  # of a tile of more experts, whose products are summed in float32; the tiles' sums in float64
 TILES = 32  # of one program
 ROW_BLOCK = 4096  # products of a new row that are summed in float32; the blocks' sums in float64
 QUARTERS = 16  # a quarter of a tensor is a multiple of it, so that all four are read in vectors
@@ -29,46 +33,65 @@ def _launching(tensor: Tensor) -> Iterator[None]:
 
 
 @triton.jit
+def _few(experts, base, sums, size, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr):
+    """sums[block]: products of a tuple of experts; each thread sums those of its own columns until the end."""
+    M: tl.constexpr = len(experts)
+    totals = (tl.zeros((WIDTH,), dtype=tl.float32),) * (M * (M + 1) // 2)
+    for step in tl.range(STEPS, num_stages=STAGES):
+        columns = (tl.program_id(0) * STEPS + step) * WIDTH + tl.arange(0, WIDTH)
+        inside = columns < size
+        deltas = [tl.load(expert + columns, mask=inside, other=0.0).to(tl.float32) for expert in experts]
+        if base is not None:
+            origin = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
+            deltas = [delta - origin for delta in deltas]
+        before = totals
+        totals = ()
+        for a in tl.static_range(M):
+            for b in tl.static_range(a + 1):
+                totals += (before[len(totals)] + deltas[a] * deltas[b],)
+    totals = [tl.sum(total.to(tl.float64)) for total in totals]
+    sums += tl.program_id(0) * M * M
+    for a in tl.static_range(M):
+        for b in tl.static_range(a + 1):
+            tl.store(sums + a * M + b, totals[a * (a + 1) // 2 + b])
+            tl.store(sums + b * M + a, totals[a * (a + 1) // 2 + b])
+
+
+@triton.jit
 def _gram(
-    experts, like, base, sums, size, num_experts,
-    ROWS: tl.constexpr, FOLD: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, AGAINST_BASE: tl.constexpr,
-):  # fmt: skip
-    """sums[block]: products of all rows of a block. With few experts, FOLD stretches of each are rows of one tile."""
+    experts, like, base, sums, size, num_experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr
+):
+    """sums[block]: products of all experts, on tensor cores."""
     rows = tl.arange(0, ROWS)
-    expert = rows % (ROWS // FOLD)
-    there = (expert < num_experts)[:, None]
-    addresses = tl.load(experts + expert, mask=expert < num_experts, other=0).to(like.dtype)[:, None]
-    stretch = (rows // (ROWS // FOLD) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    there = (rows < num_experts)[:, None]
+    addresses = tl.load(experts + rows, mask=rows < num_experts, other=0).to(like.dtype)[:, None]
     total = tl.zeros((ROWS, ROWS), dtype=tl.float64)
     for tile in range(TILES):
-        columns = (tl.program_id(0) * TILES + tile) * (FOLD * COLUMNS) + stretch
-        inside = there & (columns < size)
-        deltas = tl.load(tl.multiple_of(addresses + columns, [1, 16]), mask=inside, other=0.0).to(tl.float32)
-        if AGAINST_BASE:
-            places = (tl.program_id(0) * TILES + tile) * (FOLD * COLUMNS) + tl.arange(0, FOLD * COLUMNS)
-            origin = tl.load(base + places, mask=places < size, other=0.0).to(tl.float32).reshape(FOLD, 1, COLUMNS)
-            deltas -= tl.broadcast_to(origin, (FOLD, ROWS // FOLD, COLUMNS)).reshape(ROWS, COLUMNS)
+        columns = (tl.program_id(0) * TILES + tile) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = columns < size
+        places = tl.multiple_of(addresses + columns, [1, 16])
+        deltas = tl.load(places, mask=there & inside, other=0.0).to(tl.float32)
+        if base is not None:
+            deltas -= tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
         total += tl.dot(deltas, tl.trans(deltas), input_precision="bf16x3").to(tl.float64)
     places = (tl.program_id(0) * ROWS + rows[:, None]) * ROWS + rows[None, :]
     tl.store(sums + places, total)
 
 
 @triton.jit
-def _row(
-    experts, newest, base, sums, size, num_experts, BLOCK: tl.constexpr, AGAINST_BASE: tl.constexpr
-):  # fmt: skip
+def _row(experts, newest, base, sums, size, num_experts, BLOCK: tl.constexpr):
     """sums[block, m]: products of the newest expert with expert m."""
     block = tl.program_id(0)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     own = tl.load(newest + columns, mask=inside, other=0.0).to(tl.float32)
-    if AGAINST_BASE:
+    if base is not None:
         origin = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
         own -= origin
     for m in range(num_experts):
         start = tl.multiple_of(tl.load(experts + m).to(newest.dtype), 16)
         delta = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
-        if AGAINST_BASE:
+        if base is not None:
             delta -= origin
         tl.store(sums + block * num_experts + m, tl.sum(delta * own))
 
@@ -84,26 +107,42 @@ def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Ten
     """
     kind = tensors[0].dtype if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
     tensors = [tensor.to(kind) for tensor in tensors]
-    count, size, device = len(tensors), tensors[0].numel(), tensors[0].device
-    addresses_M = torch.tensor([tensor.data_ptr() for tensor in tensors], pin_memory=device.type == "cuda")
-    table_M = addresses_M.to(device, non_blocking=True)  # else the host would wait for the tensor before
-    given = (table_M, tensors[-1], tensors[-1] if base is None else base)
     if new == 1:
-        blocks = triton.cdiv(size, ROW_BLOCK)
-        sums_BM = torch.empty(blocks, count, dtype=torch.float32, device=device)
-        with _launching(table_M):
-            _row[(blocks,)](*given, sums_BM, size, count, BLOCK=ROW_BLOCK, AGAINST_BASE=base is not None, num_warps=8)
-        return sums_BM.sum(0, dtype=torch.float64)[None]
-    width = triton.next_power_of_2(count)
-    rows = max(16, width)
-    fold = rows // width
-    blocks = triton.cdiv(size, COLUMNS * TILES * fold)
-    shape = {"ROWS": rows, "FOLD": fold, "COLUMNS": COLUMNS, "TILES": TILES, "AGAINST_BASE": base is not None}
-    sums_BRR = torch.empty(blocks, rows, rows, dtype=torch.float64, device=device)
+        return _newest(tensors, base)
+    return (_among_few if len(tensors) <= FEW else _among_many)(tensors, base)[-new:]
+
+
+def _newest(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    size, table_M = tensors[0].numel(), _addresses(tensors)
+    blocks = triton.cdiv(size, ROW_BLOCK)
+    sums_BM = torch.empty(blocks, len(tensors), dtype=torch.float32, device=table_M.device)
     with _launching(table_M):
-        _gram[(blocks,)](*given, sums_BRR, size, count, **shape, num_warps=rows // 16)
-    among = sums_BRR.sum(0).view(fold, width, fold, width).diagonal(dim1=0, dim2=2).sum(-1)
-    return among[count - new : count, :count]
+        _row[(blocks,)](table_M, tensors[-1], base, sums_BM, size, len(tensors), BLOCK=ROW_BLOCK, num_warps=8)
+    return sums_BM.sum(0, dtype=torch.float64)[None]
+
+
+def _among_few(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    count, size = len(tensors), tensors[0].numel()
+    blocks = triton.cdiv(size, WIDTH * STEPS)
+    sums_BMM = torch.empty(blocks, count, count, dtype=torch.float64, device=tensors[0].device)
+    with _launching(sums_BMM):
+        _few[(blocks,)](tuple(tensors), base, sums_BMM, size, WIDTH=WIDTH, STEPS=STEPS, STAGES=STAGES, num_warps=1)
+    return sums_BMM.sum(0)
+
+
+def _among_many(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    count, size, table_M = len(tensors), tensors[0].numel(), _addresses(tensors)
+    shape = {"ROWS": triton.next_power_of_2(count), "COLUMNS": COLUMNS, "TILES": TILES}
+    blocks = triton.cdiv(size, COLUMNS * TILES)
+    sums_BRR = torch.empty(blocks, shape["ROWS"], shape["ROWS"], dtype=torch.float64, device=table_M.device)
+    with _launching(table_M):
+        _gram[(blocks,)](table_M, tensors[-1], base, sums_BRR, size, count, **shape, num_warps=shape["ROWS"] // 16)
+    return sums_BRR.sum(0)[:count, :count]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
+    on_host_M = torch.tensor([tensor.data_ptr() for tensor in tensors], pin_memory=tensors[0].device.type == "cuda")
+    return on_host_M.to(tensors[0].device, non_blocking=True)  # else the host would wait for the tensor before
 
 
 @triton.jit(do_not_specialize=["seed"])

@@ -31,8 +31,13 @@ def family(count, size, dtype, seed=0):
     ("count", "size", "dtype", "against_base"),
     [
         (2, 100_003, torch.float32, True),
+        (2, 40, torch.bfloat16, False),
+        (5, 100_003, torch.bfloat16, True),
+        (5, 64 * 4096, torch.float32, False),
         (8, 64 * 4096, torch.bfloat16, True),
+        (8, 100_003, torch.bfloat16, True),
         (8, 100_003, torch.float32, False),
+        (9, 100_003, torch.bfloat16, True),
         (11, 100_003, torch.bfloat16, True),
         (16, 64 * 4096, torch.bfloat16, True),
         (16, 40, torch.float32, True),
