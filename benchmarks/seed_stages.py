@@ -28,7 +28,7 @@ from upit.forward import response_losses
 from upit.models import build
 from upit.pool import Pool
 from upit.router_init import RoutingVectors, routing_vectors
-from upit.scoring import SeedScorer, to_device
+from upit.scoring import BATCH_TOKENS, GPU_BATCH_TOKENS, SeedScorer, to_device
 from upit.seed_data import LowestPerplexity
 
 SHAPES = {
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         experts = write_experts(dense, Path(folder) / "pool")
         lengths = [len(row["input_ids"]) for row in data.train_set]
-        groups = length_grouped(indices, lengths, max_tokens=8192)
+        groups = length_grouped(indices, lengths, max_tokens=GPU_BATCH_TOKENS if cuda else BATCH_TOKENS)
         batches = [to_device(collate([[i] for i in g], data.train_set, pad_id=0), dense.device) for g in groups]
 
         @torch.no_grad()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,13 +17,14 @@ from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
-from upit.distributed import rank
+from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
 from upit.files import write_json
+from upit.gpu import CPU
 from upit.merging import Dare, Merge
 from upit.pool import Expert
-from upit.resident import checked_device
+from upit.resident import checked_device, usual_device
 from upit.selection import MostDissimilar, Parents
 from upit.similarity import Cosine, Similarity
 
@@ -49,7 +51,7 @@ class UpcyclingEvent(Callback):
         similarity: Similarity | None,
         drift_examples: int,
         seed: int,
-        expansion_device: str,
+        expansion_device: str | None,
     ) -> None:
         if (at_epoch is None) == (at_step is None):
             raise ValueError(f"give one of at_epoch and at_step: got at_epoch={at_epoch}, at_step={at_step}")
@@ -71,7 +73,8 @@ class UpcyclingEvent(Callback):
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
             require_upcycling(pl_module, self)
-            checked_device(self.expansion_device, f"{type(self).__name__}.expansion_device")
+            if self.expansion_device is not None:
+                checked_device(self.expansion_device, f"{type(self).__name__}.expansion_device")
             if trainer.fast_dev_run:
                 _widen_fast_dev_run(trainer)
             self.plan(trainer, pl_module)
@@ -143,9 +146,17 @@ class UpcyclingEvent(Callback):
             )
 
     def expand(
-        self, pool: Sequence[Expert], base: Expert, num_experts: int, directory: Path, **choices: Any
+        self,
+        pool: Sequence[Expert],
+        base: Expert,
+        num_experts: int,
+        directory: Path,
+        *,
+        training_on: torch.device = CPU,
+        **choices: Any,
     ) -> Expansion:
         """Breed experts by this event's strategies; lineage and similarity go to ``directory``."""
+        usual = broadcast(usual_device(training_on, base.shapes, max(num_experts, len(pool))))
         expansion = expand(
             pool,
             base,
@@ -155,7 +166,7 @@ class UpcyclingEvent(Callback):
             parents=self.parents,
             similarity=self.similarity,
             seed=self.seed,
-            device=self.expansion_device,
+            device=self.expansion_device or usual,
             track=self.bar("Expanding experts"),
             **choices,
         )

@@ -34,8 +34,9 @@ class ExpertGrowth(UpcyclingEvent):
         router: rows of the new experts; default ``MergedRows()``.
         drift_examples: held-out examples whose logits are compared before and after.
         seed: of all that is drawn; default the run's ``seed_everything`` and 1, so that nothing is drawn twice.
-        expansion_device: what merges and compares experts: "cpu", "cuda" (the process's own) or "cuda:N". A GPU keeps
-            the experts that fit into what training leaves free; it draws other masks than the CPU.
+        expansion_device: what merges and compares experts: "cpu", "cuda" (the process's own) or "cuda:N"; default the
+            GPU that trains, if there is room for the work, else the CPU. A GPU keeps the experts that fit into what
+            training leaves free; it draws other masks than the CPU.
     Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
     """
 
@@ -55,7 +56,7 @@ class ExpertGrowth(UpcyclingEvent):
         router: NewRows | None = None,
         drift_examples: int = 64,
         seed: int | None = None,
-        expansion_device: str = "cpu",
+        expansion_device: str | None = None,
     ) -> None:
         own_seed = run_seed() + 1 if seed is None else seed
         super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
@@ -128,7 +129,8 @@ class ExpertGrowth(UpcyclingEvent):
                 epoch=trainer.global_step / module.steps_per_epoch(),
                 track=self.bar("Writing experts"),
             )
-            self.expansion = self.expand(pool, base, self._target(module), directory)
+            device = trainer.strategy.root_device
+            self.expansion = self.expand(pool, base, self._target(module), directory, training_on=device)
             if rank() == 0:
                 Pool(directory / "experts").gather(base, self.expansion.experts)
             router_DNH = router_of(module.lm)

@@ -41,8 +41,9 @@ class Upcycling(UpcyclingEvent):
         drift_examples: held-out examples whose logits are compared before and after the swap.
         seed: of all that is drawn (alphas, masks, noise, seed data, starting vectors); default the run's
             ``seed_everything``.
-        expansion_device: what merges and compares experts: "cpu", "cuda" (the process's own) or "cuda:N". A GPU keeps
-            the experts that fit into what training leaves free; it draws other masks than the CPU.
+        expansion_device: what merges and compares experts: "cpu", "cuda" (the process's own) or "cuda:N"; default the
+            GPU that trains, if there is room for the work, else the CPU. A GPU keeps the experts that fit into what
+            training leaves free; it draws other masks than the CPU.
     Raises: ValueError, in ``setup`` or before: settings that can't work, named with their values.
 
     A metric of one phase does not exist in the other: ``EarlyStopping`` on ``moe/val_loss`` needs ``strict: false``.
@@ -68,7 +69,7 @@ class Upcycling(UpcyclingEvent):
         non_experts: NonExperts | None = None,
         drift_examples: int = 64,
         seed: int | None = None,
-        expansion_device: str = "cpu",
+        expansion_device: str | None = None,
     ) -> None:
         own_seed = run_seed() if seed is None else seed
         super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
@@ -160,7 +161,13 @@ class Upcycling(UpcyclingEvent):
             indices = self._seed_indices(trainer, num_experts)
             scorer = SeedScorer(dense, indices, data, file=run / "seed_perplexity.json", autocast=module.autocast)
             self.expansion = self.expand(
-                pool, harvest.base, num_experts, run, selection=self.selection, score=scorer.losses
+                pool,
+                harvest.base,
+                num_experts,
+                run,
+                training_on=trainer.strategy.root_device,
+                selection=self.selection,
+                score=scorer.losses,
             )
         with self.timed("seed_scoring"):
             self.seeds = scorer.assign(

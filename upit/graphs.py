@@ -46,11 +46,11 @@ class _Graphs:
                 self._grads_of(outputs, [torch.zeros_like(output) for output in outputs])
                 del outputs
         torch.cuda.synchronize()
-        pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self._forward, pool=pool, **CAPTURE):
+        # each with memory of its own: in the other's, a forward pass would write over an earlier batch's gradients
+        with torch.cuda.graph(self._forward, **CAPTURE):
             outputs = function(*self.inputs)
         self.grad_outputs = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(self._backward, pool=pool, **CAPTURE):
+        with torch.cuda.graph(self._backward, **CAPTURE):
             self.grads = self._grads_of(outputs, self.grad_outputs)
         self.outputs = [output.detach() for output in outputs]
 

@@ -20,17 +20,20 @@ from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 if TYPE_CHECKING:
     from upit.resident import Residence
 
+READERS = 4  # files, or tensors, at a time; ours
+
 
 class Rows:
     """One tensor on disk, of which only the rows that are indexed are read."""
 
-    def __init__(self, files: TensorFiles, name: str) -> None:
+    def __init__(self, files: TensorFiles, name: str, device: torch.device = CPU) -> None:
         self._files = files
         self._name = name
+        self._device = device
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         rows, *others = index if isinstance(index, tuple) else (index,)
-        return self._files.read(self._name, rows)[(slice(None), *others)]
+        return self._files.read(self._name, rows, device=self._device)[(slice(None), *others)]
 
 
 @dataclass
@@ -72,15 +75,15 @@ class Expert:
         """Where a tensor is once it is read."""
         return self.residence.device if self.residence else CPU
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def read(self, name: str, *, out: Tensor | None = None, device: torch.device = CPU) -> Tensor:
         """One tensor, read from disk now, or from the residence; see :meth:`upit.tensor_files.TensorFiles.read`."""
         if self.residence:
             return self.residence.read(self, name)
-        return self.tensors.read(name, out=out)
+        return self.tensors.read(name, out=out, device=device)
 
-    def get_slice(self, name: str) -> Rows:
-        """One tensor, of which only the part that is indexed is read."""
-        return Rows(self.tensors, name)
+    def get_slice(self, name: str, device: torch.device = CPU) -> Rows:
+        """One tensor, of which only the part that is indexed is read, to a device."""
+        return Rows(self.tensors, name, device)
 
     def check(self) -> None:
         """Raises: TensorFileError: the file is missing, truncated, or its sha256 is another."""
@@ -252,11 +255,11 @@ class Pool:
 
     def verify(self) -> None:
         """Raises: TensorFileError: a file is missing, truncated or changed, or its tensors differ from the base's."""
-        base = self.base
-        base.check()
+        base, experts = self.base, self.experts
+        for _ in ahead(Expert.check, [base, *experts], workers=READERS):
+            pass
         shapes = base.shapes
-        for expert in self.experts:
-            expert.check()
+        for expert in experts:
             own = expert.shapes
             for name in sorted(shapes.keys() | own.keys()):
                 if shapes.get(name) != own.get(name):

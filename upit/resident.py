@@ -39,8 +39,7 @@ class Residence:
         key = (expert.file, expert.names[name] if expert.names else name)
         if key in self._kept:
             return self._kept[key]
-        entry = expert.tensors[name]
-        tensor = expert.tensors.read(name, out=self._staging(entry.shape, entry.dtype), device=self.device)
+        tensor = expert.tensors.read(name, device=self.device)
         with self._lock:
             if tensor.nbytes <= self._free:
                 self._free -= tensor.nbytes
@@ -71,11 +70,7 @@ class Residence:
         self._writers.shutdown()
 
     def _on_host(self, tensor: Tensor) -> Tensor:
-        return self._staging(tensor.shape, tensor.dtype).copy_(tensor)
-
-    def _staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Host memory to copy from and to; torch keeps what was pinned for the next tensor."""
-        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def checked_device(name: str, field: str) -> torch.device:
@@ -95,6 +90,15 @@ def checked_device(name: str, field: str) -> torch.device:
     if not HAS_TRITON:
         raise ValueError(f"{field}={name!r} needs Triton: pip install triton, or use cpu")
     return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+
+
+def usual_device(training_on: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> str:
+    """The GPU that trains, where experts of these shapes can be expanded on it; else the CPU."""
+    if training_on.type == "cpu" or not HAS_TRITON:
+        return "cpu"
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(training_on)
+    return "cuda" if free > working_memory(shapes, num_experts) else "cpu"
 
 
 @contextmanager

@@ -23,12 +23,13 @@ from upit.families import is_expert
 from upit.files import read_json, seeded, write_json
 from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
-from upit.pool import Expert, write_expert
+from upit.pool import READERS, Expert, write_expert
 from upit.seed_data import Assignment
 from upit.sharding import full, local, local_slices
 from upit.tensor_files import Specs
 
 BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
+GPU_BATCH_TOKENS = 32768  # the same where the host takes longer to launch a pass than the GPU to run it; ours
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,9 +43,11 @@ def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
 
     def part_of(named: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
         name, param = named
-        return local(param), expert.get_slice(name)[local_slices(param)]
+        target = local(param)
+        return target, expert.get_slice(name, target.device)[local_slices(param)]
 
-    for param, part in ahead(part_of, [named for named in dense.named_parameters() if is_expert(named[0])]):
+    own = [named for named in dense.named_parameters() if is_expert(named[0])]
+    for param, part in ahead(part_of, own, workers=READERS):
         param.copy_(part)
 
 
@@ -96,7 +99,8 @@ def score_examples(
     row_of = {index: row for row, index in enumerate(indices)}
     sums = torch.zeros(2, len(indices), dtype=torch.float64, device=device)
     lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
-    for group, counts in own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS)):
+    most = GPU_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
+    for group, counts in own_share(length_grouped(indices, lengths, max_tokens=most)):
         batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
         with autocast():
             losses_L, targets_L, ids_L = response_losses(model, batch)

@@ -94,13 +94,15 @@ class TensorFiles(Mapping[str, Entry]):
 
         Args:
             out: contiguous tensor of the same shape and dtype to read into; fresh memory costs more than the reading.
-            device: where the tensor goes then, and is checked; best from an ``out`` in pinned memory.
+            device: where the tensor goes then, and is checked; to a GPU by way of pinned memory, which torch keeps for
+                the next.
         Raises: TensorFileError: it holds NaN or infinity.
         """
         entry = self._entries[name]
         first, last, _ = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
         shape = (max(0, last - first), *entry.shape[1:]) if entry.shape else ()
-        tensor = torch.empty(shape, dtype=entry.dtype) if out is None else out
+        pinned = device is not None and device.type == "cuda"
+        tensor = torch.empty(shape, dtype=entry.dtype, pin_memory=pinned) if out is None else out
         if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
             raise TensorFileError(
                 f"{entry.file}: tensor {name!r} is {entry.dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from upit.ahead import ahead
 from upit.families import FUSED, ROUTER, expert_name, family_of_moe, within_layer
-from upit.pool import Expert
+from upit.pool import READERS, Expert
 from upit.sharding import local, local_slices, reshard
 
 
@@ -49,6 +50,12 @@ def _fill_experts(
     projections: tuple[str, ...],
 ) -> None:
     """Copy this rank's experts into a fused (E, rows, columns) parameter that is split over experts only."""
-    for slot, e in enumerate(range(where[0].start, where[0].stop)):
-        parts = [experts[e].read(expert_name(layer, projection)) for projection in projections]
-        target[slot].copy_(torch.cat(parts))
+
+    def part_of(place: tuple[int, str]) -> Tensor:
+        e, projection = place
+        return experts[e].read(expert_name(layer, projection), device=target.device)
+
+    places = [(e, projection) for e in range(where[0].start, where[0].stop) for projection in projections]
+    rows = (row for slot in target for row in slot.chunk(len(projections)))
+    for row, part in zip(rows, ahead(part_of, places, workers=READERS), strict=True):
+        row.copy_(part)

@@ -55,7 +55,8 @@ def test_products_are_those_of_float64(count, size, dtype, against_base):
         found = products(tensors, base if against_base else None, new=new)
         error = (found - expected[-new:]) / (norms[-new:, None] * norms)
         assert found.dtype == torch.float64
-        assert error.abs().max() < 2e-6
+        # tensor cores keep 16 of float32's 24 bits in each factor, twice over
+        assert error.abs().max() < (1e-5 if new > 8 else 2e-6)
 
 
 def test_products_of_experts_of_different_dtypes():
