@@ -121,7 +121,7 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
             "logger": False,
         },
         "model": {"init_args": {"dense": {"init_args": dense}, "moe": {"init_args": fast}}},
-        "data": {"init_args": {"train_size": 2600} | ({"tokenizer": None} if options.from_scratch else {})},
+        "data": {"init_args": {"tokenizer": None} if options.from_scratch else {}},
         **method,
     }
 

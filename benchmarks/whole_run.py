@@ -2,9 +2,10 @@
 
     python -m benchmarks.whole_run [-c configs/quickstart.yaml] [any other argument of upit fit]
 
-Without validation, report, checkpoints and pictures. ``steps`` is what the optimizer steps would take at the median
-speed of their phase, ``more`` what some took beyond it: compiling, and the capture of CUDA graphs; ``whole`` is the
-wall time from the start of the fit to its end.
+Without validation, report, checkpoints and pictures. ``steps`` is what the optimizer steps would take at full speed,
+the median over stretches between two logged steps, where the host waits for the device anyway; ``first step`` is what
+the first of a phase takes beyond that: compiling, and the capture of CUDA graphs. ``whole`` is the wall time from the
+start of the fit to its end.
 """
 
 import sys
@@ -24,12 +25,12 @@ class Clock(Callback):
     """Seconds of each part of a fit; prints a table at the end."""
 
     def __init__(self) -> None:
-        self.steps: dict[str, list[float]] = defaultdict(list)
+        self.starts: dict[str, float] = {}  # of each phase's first step
+        self.ends: dict[str, list[float]] = defaultdict(list)  # of each phase's steps
         self.harvest: list[float] = []
-        self.first = 0.0
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        self.start = time.perf_counter()
+        self.start = _now()
         for callback in trainer.callbacks:
             if isinstance(callback, ExpertHarvest):
                 callback._save = self._timed(callback._save, self.harvest)  # type: ignore[method-assign]
@@ -38,44 +39,54 @@ class Clock(Callback):
 
     def _timed(self, function, seconds: list[float]):
         def call(*args, **kwargs):
-            _wait()  # for the step before, which is none of this
-            start = time.perf_counter()
+            start = _now()  # after the step before, which is none of this
             function(*args, **kwargs)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(_now() - start)
 
         return call
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        _wait()
-        self.begun = time.perf_counter()
-        self.first = self.first or self.begun
+        if pl_module.phase not in self.starts:
+            self.starts[pl_module.phase] = _now()
+
+    def on_upcycling_start(self, trainer, pl_module, event) -> None:
+        self.event_start = _now()
 
     def on_upcycling_end(self, trainer, pl_module, event) -> None:
-        _wait()
-        self.begun = time.perf_counter()  # the swap is none of the step that follows
+        self.starts[pl_module.phase] = _now()
+        self.event = self.starts[pl_module.phase] - self.event_start
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        _wait()
-        self.steps[pl_module.phase].append(time.perf_counter() - self.begun)
+        ends = self.ends[pl_module.phase]
+        ends.append(time.perf_counter() if ends else _now())
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.train_end = _now()
 
     def on_fit_end(self, trainer, pl_module) -> None:
-        whole = time.perf_counter() - self.start
-        steps = sum(len(own) * median(own) for own in self.steps.values())
-        parts = {f"{phase}: {len(own)} steps": len(own) * median(own) for phase, own in self.steps.items()}
+        whole, every = _now() - self.start, trainer.log_every_n_steps
         base, *harvests = self.harvest
+        parts: dict[str, float] = {}
+        for phase, ends in self.ends.items():
+            step = median(later - end for end, later in zip(ends, ends[every:], strict=False)) / every
+            parts[f"{phase}: {len(ends)} steps of {1000 * step:.1f} ms"] = len(ends) * step
+            parts[f"{phase}: first step"] = ends[0] - self.starts[phase] - step
+        steps = sum(seconds for name, seconds in parts.items() if "steps" in name)
         parts |= {"copying the base": base, f"harvest: {len(harvests)}": sum(harvests), **self.upcycling.wall_seconds}
-        parts["before the first step"] = self.first - self.start - base
-        parts |= {f"{phase}: more": sum(own) - len(own) * median(own) for phase, own in self.steps.items()}
-        parts["between steps, and all else"] = whole - sum(parts.values())
+        parts["comparing logits"] = self.event - sum(self.upcycling.wall_seconds.values())
+        parts["teardown: model and optimizer to the host"] = whole + self.start - self.train_end
+        parts["all else"] = whole - sum(parts.values())
         print(f"\n| | seconds | of the steps |\n|---|---|---|\n| steps | {steps:.1f} | 1.00 |")
         for name, seconds in parts.items():
             print(f"| {name} | {seconds:.2f} | {seconds / steps:.3f} |")
         print(f"| whole | {whole:.1f} | {whole / steps:.2f} |")
 
 
-def _wait() -> None:
+def _now() -> float:
+    """The time once the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
