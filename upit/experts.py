@@ -23,7 +23,7 @@ from upit.attention import HALF, compute_dtype
 from upit.gpu import HAS_TRITON
 
 NAME, TRITON, QUACK = "upit_grouped", "upit_triton", "upit_quack"
-QUACK_WIDTH = 2048  # hidden width from which QuACK's kernels run longer than the host takes to launch them; ours
+QUACK_WIDTHS = range(2048, 4096)  # hidden; below, the host takes longer to launch it, above, Triton's path is faster
 HAS_QUACK = find_spec("quack") is not None
 
 
@@ -34,9 +34,9 @@ def use(model: PreTrainedModel, name: str = NAME) -> None:
 
 @contextmanager
 def launched_by_graphs(model: PreTrainedModel) -> Iterator[None]:
-    """Within, QuACK at any width: the host's time to launch its kernels is spent once, when a graph is captured."""
+    """Within, QuACK at small widths too: the host's time to launch it is spent once, when a graph is captured."""
     usual = model.config._experts_implementation
-    if usual == NAME:
+    if usual == NAME and model.config.hidden_size < QUACK_WIDTHS.stop:
         use(model, QUACK)
     try:
         yield
@@ -52,7 +52,7 @@ def has_quack() -> bool:
 
 def takes_quack(name: str, hidden: int, inner: int) -> bool:
     """Whether experts of these widths run QuACK's kernels under a name."""
-    wanted = name == QUACK or (name == NAME and hidden >= QUACK_WIDTH)
+    wanted = name == QUACK or (name == NAME and hidden in QUACK_WIDTHS)
     return wanted and hidden % 8 == 0 == inner % 8 and has_quack()
 
 

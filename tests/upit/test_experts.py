@@ -115,6 +115,7 @@ def test_where_gpu_kernels_do_not_run_every_name_is_the_plain_path(dense, name):
         (NAME, 64, False),
         (NAME, 2048, True),
         (NAME, 2052, False),
+        (NAME, 4096, False),
         (QUACK, 64, True),
         (QUACK, 60, False),
         (TRITON, 2048, False),
@@ -127,7 +128,7 @@ def test_quack_is_taken_where_it_helps(monkeypatch, name, hidden, taken):
     assert not takes_quack(name, hidden, 96)
 
 
-def test_graphs_launch_quack_at_any_width_and_nothing_else_does(dense):
+def test_graphs_launch_quack_at_small_widths_too(dense):
     moe = build(moe_config(dense.config, num_experts=EXPERTS, top_k=2))
 
     def capture():
@@ -141,3 +142,6 @@ def test_graphs_launch_quack_at_any_width_and_nothing_else_does(dense):
     moe.config._experts_implementation = TRITON
     with launched_by_graphs(moe):
         assert moe.config._experts_implementation == TRITON
+    moe.config._experts_implementation, moe.config.hidden_size = NAME, 4096
+    with launched_by_graphs(moe):
+        assert moe.config._experts_implementation == NAME

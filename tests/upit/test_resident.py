@@ -14,7 +14,7 @@ from upit import expansion
 from upit.expansion import expand
 from upit.gpu import CPU
 from upit.pool import file_sha256, write_once
-from upit.resident import Residence, checked_device, residence_on, working_memory
+from upit.resident import Residence, checked_device, residence_on, usual_device, working_memory
 from upit.similarity import Functional, untracked
 from upit.tensor_files import TensorFileError, TensorFiles
 
@@ -191,3 +191,15 @@ def test_nothing_stays_on_a_gpu_that_also_scores(monkeypatch):
     for alone, expected in ((True, 10**9 - working_memory({"a": (5, 7)}, 16)), (False, 0)):
         with residence_on(torch.device("cuda"), {"a": (5, 7)}, 16, alone=alone) as residence:
             assert residence._free == expected
+
+
+def test_the_gpu_that_trains_expands_where_it_has_room_for_the_work(monkeypatch):
+    needed = working_memory({"a": (5, 7)}, 16)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("upit.resident.HAS_TRITON", True)
+    for free, expected in ((needed + 1, "cuda"), (needed, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        assert usual_device(torch.device("cuda"), {"a": (5, 7)}, 16) == expected
+    assert usual_device(CPU, {"a": (5, 7)}, 16) == "cpu"
+    monkeypatch.setattr("upit.resident.HAS_TRITON", False)
+    assert usual_device(torch.device("cuda"), {"a": (5, 7)}, 16) == "cpu"
