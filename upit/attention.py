@@ -36,8 +36,18 @@ def packed_mask(batch: Batch, dtype: torch.dtype, *, window: int | None = None) 
     lengths_S = batch["lengths"]
     if window or not (lengths_S.is_cuda and dtype in HALF):
         return block_causal_mask(batch, window=window)
+    return sequence_ends(lengths_S)
+
+
+def sequence_ends(lengths_S: Tensor) -> Tensor:
+    """Where sequences end that lie one after the other, the first 0; int32 (1, 1, 1, S + 1).
+
+    Layers compile once for all S, not for the first and then again for all others, at whatever step the second comes.
+    """
     ends_S = lengths_S.cumsum(0, dtype=torch.int32)
-    return torch.cat([ends_S.new_zeros(1), ends_S]).view(1, 1, 1, -1)
+    ends = torch.cat([ends_S.new_zeros(1), ends_S]).view(1, 1, 1, -1)
+    torch._dynamo.maybe_mark_dynamic(ends, 3)
+    return ends
 
 
 def packed_attention(
