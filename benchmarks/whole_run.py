@@ -66,12 +66,12 @@ class Clock(Callback):
     def on_fit_end(self, trainer, pl_module) -> None:
         whole, every = _now() - self.start, trainer.log_every_n_steps
         base, *harvests = self.harvest
-        parts: dict[str, float] = {}
+        steps, parts = 0.0, {}
         for phase, ends in self.ends.items():
             step = median(later - end for end, later in zip(ends, ends[every:], strict=False)) / every
+            steps += len(ends) * step
             parts[f"{phase}: {len(ends)} steps of {1000 * step:.1f} ms"] = len(ends) * step
             parts[f"{phase}: first step"] = ends[0] - self.starts[phase] - step
-        steps = sum(seconds for name, seconds in parts.items() if "steps" in name)
         parts |= {"copying the base": base, f"harvest: {len(harvests)}": sum(harvests), **self.upcycling.wall_seconds}
         parts["comparing logits"] = self.event - sum(self.upcycling.wall_seconds.values())
         parts["teardown: model and optimizer to the host"] = whole + self.start - self.train_end

@@ -21,7 +21,6 @@ from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
 from upit.files import write_json
-from upit.gpu import CPU
 from upit.merging import Dare, Merge
 from upit.pool import Expert
 from upit.resident import checked_device, usual_device
@@ -152,11 +151,12 @@ class UpcyclingEvent(Callback):
         num_experts: int,
         directory: Path,
         *,
-        training_on: torch.device = CPU,
+        training_on: torch.device,
         **choices: Any,
     ) -> Expansion:
         """Breed experts by this event's strategies; lineage and similarity go to ``directory``."""
-        usual = broadcast(usual_device(training_on, base.shapes, max(num_experts, len(pool))))
+        needs = base.shapes, max(num_experts, len(pool))
+        device = self.expansion_device or broadcast(usual_device(training_on, *needs))
         expansion = expand(
             pool,
             base,
@@ -166,7 +166,7 @@ class UpcyclingEvent(Callback):
             parents=self.parents,
             similarity=self.similarity,
             seed=self.seed,
-            device=self.expansion_device or usual,
+            device=device,
             track=self.bar("Expanding experts"),
             **choices,
         )

@@ -94,7 +94,7 @@ def checked_device(name: str, field: str) -> torch.device:
 
 def usual_device(training_on: torch.device, shapes: Mapping[str, tuple[int, ...]], num_experts: int) -> str:
     """The GPU that trains, where experts of these shapes can be expanded on it; else the CPU."""
-    if training_on.type == "cpu" or not HAS_TRITON:
+    if training_on.type != "cuda" or not HAS_TRITON:
         return "cpu"
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(training_on)

@@ -89,11 +89,13 @@ def test_choices_that_do_not_fit_the_model_are_refused_before_training(make_data
     assert not (tmp_path / "run/experts").exists()
 
 
-def test_experts_are_expanded_on_the_device_that_is_said(tmp_path):
+@pytest.mark.parametrize(("said", "taken"), [("cuda:99", "cuda:99"), (None, "cuda:98")])
+def test_experts_are_expanded_on_the_device_that_is_said_or_on_the_one_that_trains(tmp_path, monkeypatch, said, taken):
     pool = make_pool(tmp_path / "pool", 2)
-    event = Upcycling(at_step=3, expansion_device="cuda:99")
-    with pytest.raises(ValueError, match="device='cuda:99'"):
-        event.expand(pool.experts, pool.base, 3, tmp_path)
+    event = Upcycling(at_step=3, expansion_device=said)
+    monkeypatch.setattr("callbacks.event.usual_device", lambda training_on, *_: str(training_on))
+    with pytest.raises(ValueError, match=f"device='{taken}'"):
+        event.expand(pool.experts, pool.base, 3, tmp_path, training_on=torch.device("cuda:98"))
 
 
 @pytest.mark.parametrize(
