@@ -9,8 +9,8 @@ from typing_extensions import override
 from callbacks.scalars import log_now
 from upit.collapse import balance_of, collapsed
 from upit.examples import token_mask
-from upit.forward import last_routing
 from upit.metrics import ExpertLoad
+from upit.routers import last_routing
 
 
 class CollapseGuard(Callback):

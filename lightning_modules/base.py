@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_modules import horizon
 from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
-from lightning_modules.optimizers import adamw
+from lightning_modules.optimizers import adamw, clip_in_step, clips_in_step
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.examples import IGNORE, Batch
@@ -84,6 +84,7 @@ class CausalLMModule(EvaluatedModule):
         self.trust_remote_code = trust_remote_code
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
+        self.last_fit = False  # nobody needs the optimizer once a fit is over and its checkpoints are written
 
     # --- the phase -----------------------------------------------------------------------------------
 
@@ -245,6 +246,23 @@ class CausalLMModule(EvaluatedModule):
             warmup_fraction=self.warmup_fraction,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and clips_in_step(optimizer):
+            clip_in_step(optimizer, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @override
+    def on_train_end(self) -> None:
+        if self.last_fit:  # else Lightning moves its state to the host, which takes seconds
+            self.trainer.strategy.optimizers = []
 
     # --- identity in checkpoints ---------------------------------------------------------------------
 

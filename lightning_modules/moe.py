@@ -9,10 +9,10 @@ from lightning_modules.base import CausalLMModule
 from upit.distributed import all_sum, world_size
 from upit.examples import Batch, token_mask
 from upit.families import check_top_k
-from upit.forward import last_routing
 from upit.losses import load_balancing_loss, router_z_loss
 from upit.metrics import WeightedMeans
 from upit.models import check_tokenizer, load_pretrained
+from upit.routers import last_routing
 
 
 class MoEModule(CausalLMModule):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -29,3 +30,22 @@ def adamw(
     optimizer._step_supports_amp_scaling = False
     warmup = round(warmup_fraction * steps)
     return optimizer, get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def clips_in_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether :func:`clip_in_step` can clip for this optimizer: fused AdamW of tensors that are no shards."""
+    fused = isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+    return fused and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+
+
+def clip_in_step(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Clip gradients by their norm, as ``torch.nn.utils.clip_grad_norm_``, where the next step reads them anyway.
+
+    A fused optimizer divides gradients by its ``grad_scale``, which is how torch's GradScaler has it unscale them.
+
+    Returns: the norm, not clipped.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    return norm

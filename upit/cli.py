@@ -219,6 +219,7 @@ def _train(args: list[str] | None) -> None:
             config.trainer.default_root_dir = str(run)
 
         def after_instantiate_classes(self) -> None:
+            self.model.last_fit = True
             options = self.config_init[self.subcommand]
             if options.get("ckpt_path"):
                 # told before the model is built, so that it is built as the checkpoint says, sharded too

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from upit.examples import Batch
-from upit.families import ROUTER
 from upit.head import head_loss, head_losses
 
 if TYPE_CHECKING:
@@ -82,31 +80,6 @@ def response_loss(model: PreTrainedModel, batch: Batch, *, body: Body = body_sta
     """Cross entropy summed over the response tokens, float32 nats, and ``targets_L``; what training needs."""
     states_LH, targets_L, _ = response_states(model, batch, body=body)
     return head_loss(model.lm_head, states_LH, targets_L), targets_L
-
-
-def moe_routers(model: PreTrainedModel) -> list:
-    """The router of each MoE layer, in order."""
-    body: Any = model.model
-    return [layer.get_submodule(ROUTER) for layer in body.layers]
-
-
-def record_routing(model: PreTrainedModel) -> None:
-    """Let every router keep what it said last as ``last_logits`` (T, E) and ``last_experts`` (T, K).
-
-    An attribute, not a list that a passing hook fills: compiled layers keep writing to it.
-    """
-    for router in moe_routers(model):
-        router.register_forward_hook(_keep_routing)
-
-
-def _keep_routing(router, _, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    router.last_logits, _, router.last_experts = output
-
-
-def last_routing(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Of the last forward pass: router logits (D, T, E) and chosen experts (D, T, K), layer by layer."""
-    routers = moe_routers(model)
-    return torch.stack([r.last_logits for r in routers]), torch.stack([r.last_experts for r in routers])
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """What is there of a GPU, and copies from it that the host does not wait for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +10,23 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 HAS_TRITON = find_spec("triton") is not None
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, what is done within waits for none of its other work, and is complete at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream_beside(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@lru_cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def host_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from upit.examples import Batch
 from upit.experts import launched_by_graphs
 from upit.families import MOE_TYPES
-from upit.forward import attention_mask, body_states, moe_routers
+from upit.forward import attention_mask, body_states
+from upit.routers import moe_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

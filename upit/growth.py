@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from upit.families import FUSED, expert_name, within_layer
-from upit.forward import moe_routers
 from upit.merging import linear
 from upit.pool import Expert
 from upit.router_init import Random
+from upit.routers import moe_routers
 from upit.scoring import write_gathered
 from upit.sharding import full
 from upit.similarity import Track, untracked

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from upit import attention, experts
 from upit.families import MOE_TYPES, family_of
-from upit.forward import record_routing
+from upit.routers import prepare_routers
 from upit.sources import loading, resolve
 
 
@@ -98,7 +98,7 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
         setattr(model.generation_config, sampling, None)
     if model.config.model_type in MOE_TYPES:
         experts.use(model)
-        record_routing(model)
+        prepare_routers(model)
     return model
 
 

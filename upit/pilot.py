@@ -12,7 +12,7 @@ from upit.evaluation import domain_losses, evaluate
 from upit.families import is_expert
 from upit.merging import task_vector
 from upit.pool import Expert
-from upit.scoring import Autocast, load_expert
+from upit.scoring import Autocast, load_experts
 from upit.sharding import local
 
 Track = Callable[[Iterable], Iterable]
@@ -38,8 +38,9 @@ def score_checkpoints(
     """
     scored = []
     with borrowed(dense):
+        loading = load_experts(dense, pool)
         for expert in track(pool):
-            load_expert(dense, expert)
+            next(loading)
             if exact_match:
                 domains = evaluate(dense, data, autocast=autocast)["domains"]
             else:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from upit.distributed import own_share
 from upit.evaluation import heldout_batch
 from upit.examples import length_grouped
-from upit.forward import moe_routers, response_logits
+from upit.forward import response_logits
 from upit.metrics import DomainRouting
+from upit.routers import moe_routers
 from upit.scoring import Autocast
 
 SHOWN_TOKENS, SHOWN_DOMAINS = 80, 6  # in the token view: of an example, of all; ours

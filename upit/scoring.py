@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from upit.ahead import ahead
 from upit.distributed import all_sum, broadcast, own_share, rank
-from upit.examples import Example, collate, length_grouped
+from upit.examples import Batch, Example, collate, length_grouped
 from upit.families import is_expert
 from upit.files import read_json, seeded, write_json
 from upit.forward import ffn_inputs_of, response_losses, response_states
@@ -30,6 +31,7 @@ from upit.tensor_files import Specs
 
 BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
 GPU_BATCH_TOKENS = 32768  # the same where the host takes longer to launch a pass than the GPU to run it; ours
+STAGED_BYTES = 2**30  # of the tensors of experts that wait on a GPU to be copied into the model; ours
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,18 +39,31 @@ if TYPE_CHECKING:
 Autocast = Callable[[], AbstractContextManager]
 
 
-@torch.no_grad()
 def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
     """Copy an expert's FFN weights into a dense model, each rank its own shard."""
+    next(load_experts(dense, [expert]))
 
-    def part_of(named: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
-        name, param = named
-        target = local(param)
-        return target, expert.get_slice(name, target.device)[local_slices(param)]
 
-    own = [named for named in dense.named_parameters() if is_expert(named[0])]
-    for param, part in ahead(part_of, own, workers=READERS):
-        param.copy_(part)
+def load_experts(dense: PreTrainedModel, experts: Sequence[Expert]) -> Iterator[Expert]:
+    """:func:`load_expert` of each in turn; yields it once it stands in the model.
+
+    On a GPU, up to ``STAGED_BYTES`` of the next are read while the caller works with this one.
+    """
+    own = [(name, param) for name, param in dense.named_parameters() if is_expert(name)]
+    device = local(own[0][1]).device
+    waiting = max(1, STAGED_BYTES // max(local(param).nbytes for _, param in own)) if device.type == "cuda" else 1
+
+    def part_of(place: tuple[Expert, str, Tensor]) -> Tensor:
+        expert, name, param = place
+        return expert.get_slice(name, device)[local_slices(param)]
+
+    places = ((expert, *named) for expert in experts for named in own)
+    parts = ahead(part_of, places, workers=READERS, waiting=waiting)
+    for expert in experts:
+        with torch.no_grad():
+            for (_, param), part in zip(own, parts, strict=False):
+                local(param).copy_(part)
+        yield expert
 
 
 def write_ffn(dense: PreTrainedModel, path: Path, key: str) -> str:
@@ -78,36 +93,47 @@ def write_gathered(
     return str(broadcast(write_expert(path, whole, specs, metadata)))
 
 
+class SeedBatches:
+    """This rank's share of some examples, collated once for all experts.
+
+    Args:
+        indices: S examples of ``dataset``.
+        pad_id: token for padding.
+        device: of the batches.
+    """
+
+    def __init__(
+        self, indices: Sequence[int], dataset: Sequence[Example], *, pad_id: int, device: torch.device
+    ) -> None:
+        self.size, self.device = len(indices), device
+        row_of = torch.full((max(indices) + 1,), -1)
+        row_of[torch.tensor(indices)] = torch.arange(self.size)
+        lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
+        most = GPU_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
+        self.batches: list[tuple[Batch, Tensor | None]] = []  # and the row in S of each response token, if they count
+        for group, counts in own_share(length_grouped(indices, lengths, max_tokens=most)):
+            batch = collate([[index] for index in group], dataset, pad_id=pad_id)
+            rows_L = row_of[batch["example_ids"].flatten()[batch["predictors"]]].to(device) if counts else None
+            self.batches.append((to_device(batch, device), rows_L))
+
+
 @torch.no_grad()
 def score_examples(
-    model: PreTrainedModel,
-    indices: Sequence[int],
-    dataset: Sequence[Example],
-    *,
-    pad_id: int,
-    autocast: Autocast = nullcontext,
+    model: PreTrainedModel, examples: SeedBatches, *, autocast: Autocast = nullcontext
 ) -> tuple[Tensor, Tensor]:
     """Response loss of each example under a model; the ranks share the batches.
 
     Args:
         model: a causal LM, in evaluation mode.
-        indices: S examples of ``dataset``.
-        pad_id: token for padding.
     Returns: ``loss_S`` (sum over response tokens, nats) and ``tokens_S``, float64, on every rank.
     """
-    device = next(model.parameters()).device
-    row_of = {index: row for row, index in enumerate(indices)}
-    sums = torch.zeros(2, len(indices), dtype=torch.float64, device=device)
-    lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
-    most = GPU_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
-    for group, counts in own_share(length_grouped(indices, lengths, max_tokens=most)):
-        batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
+    sums = torch.zeros(2, examples.size, dtype=torch.float64, device=examples.device)
+    for batch, rows_L in examples.batches:
         with autocast():
-            losses_L, targets_L, ids_L = response_losses(model, batch)
-        if counts:
-            rows_L = torch.tensor([row_of[i] for i in ids_L.tolist()], device=device, dtype=torch.long)
+            losses_L, targets_L, _ = response_losses(model, batch)
+        if rows_L is not None:
             loss_S, tokens_S = grouped_losses(
-                losses_L=losses_L, targets_L=targets_L, groups_L=rows_L, num_groups=len(indices)
+                losses_L=losses_L, targets_L=targets_L, groups_L=rows_L, num_groups=examples.size
             )
             sums += torch.stack([loss_S, tokens_S]).to(sums)
     all_sum(sums)
@@ -126,7 +152,7 @@ def ffn_inputs_by_example(
 ) -> Iterator[tuple[int, Tensor]]:
     """What enters the FFN of each layer at each token of an example; a collective.
 
-    Args: as for :func:`score_examples`; ``track`` wraps the batches, for a progress bar.
+    Args: as for :class:`SeedBatches`; ``track`` wraps the batches, for a progress bar.
     Yields: the index of an example of this rank's share, and its (D, N, H) hidden states.
     """
     device = next(dense.parameters()).device
@@ -190,26 +216,30 @@ class SeedScorer:
             if all(found[key] == self.seen[key] for key in ("state", "ids")):
                 self.seen["columns"] = found["columns"]
 
-    def perplexity(self, expert: Expert) -> list[float]:
-        """Perplexity of an expert on each seed example."""
+    def perplexities(
+        self, experts: Sequence[Expert], *, track: Callable[[Iterable], Iterable] = lambda experts: experts
+    ) -> list[list[float]]:
+        """Perplexity of each expert on each seed example."""
         columns = self.seen["columns"]
-        if expert.sha256 not in columns:
-            load_expert(self.dense, expert)
-            loss_S, tokens_S = score_examples(
-                self.dense,
-                self.indices,
-                self.data.train_set,
-                pad_id=self.data.tokenizer.pad_token_id,
-                autocast=self.autocast,
-            )
-            columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
-            if rank() == 0:
-                write_json(self.file, self.seen)
-        return columns[expert.sha256]
+        missing = {expert.sha256: expert for expert in experts if expert.sha256 not in columns}
+        loading = load_experts(self.dense, list(missing.values()))
+        for expert in track(experts):
+            if expert.sha256 not in columns:
+                next(loading)
+                loss_S, tokens_S = score_examples(self.dense, self._batches, autocast=self.autocast)
+                columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
+                if rank() == 0:
+                    write_json(self.file, self.seen)
+        return [columns[expert.sha256] for expert in experts]
+
+    @cached_property
+    def _batches(self) -> SeedBatches:
+        pad_id, device = self.data.tokenizer.pad_token_id, next(self.dense.parameters()).device
+        return SeedBatches(self.indices, self.data.train_set, pad_id=pad_id, device=device)
 
     def losses(self, expert: Expert) -> Tensor:
         """Mean response loss of an expert on each seed example, nats a token, (S,) float64."""
-        return torch.tensor(self.perplexity(expert), dtype=torch.float64).log()
+        return torch.tensor(self.perplexities([expert])[0], dtype=torch.float64).log()
 
     def assign(
         self,
@@ -220,8 +250,7 @@ class SeedScorer:
         track: Callable[[Iterable], Iterable] = lambda experts: experts,
     ) -> Seeds:
         """Who gets which seed example; writes the whole of ``file``."""
-        columns = [self.perplexity(expert) for expert in track(experts)]
-        perplexity_SN = torch.tensor(columns, dtype=torch.float64).T
+        perplexity_SN = torch.tensor(self.perplexities(experts, track=track), dtype=torch.float64).T
         seeds = Seeds(self.indices, perplexity_SN, assignment(perplexity_SN, seeded(seed, "assignment")))
         if rank() == 0:
             examples = [

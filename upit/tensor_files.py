@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from upit.files import digest, write_json
+from upit.gpu import CPU, beside
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -88,21 +89,20 @@ class TensorFiles(Mapping[str, Entry]):
         rows: slice = slice(None),
         *,
         out: Tensor | None = None,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> Tensor:
         """A tensor, or some of its rows (a contiguous range of its first dimension), read from disk now.
 
         Args:
             out: contiguous tensor of the same shape and dtype to read into; fresh memory costs more than the reading.
             device: where the tensor goes then, and is checked; to a GPU by way of pinned memory, which torch keeps for
-                the next.
+                the next, while that GPU may be busy.
         Raises: TensorFileError: it holds NaN or infinity.
         """
         entry = self._entries[name]
         first, last, _ = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
         shape = (max(0, last - first), *entry.shape[1:]) if entry.shape else ()
-        pinned = device is not None and device.type == "cuda"
-        tensor = torch.empty(shape, dtype=entry.dtype, pin_memory=pinned) if out is None else out
+        tensor = torch.empty(shape, dtype=entry.dtype, pin_memory=device.type == "cuda") if out is None else out
         if (tensor.shape, tensor.dtype) != (shape, entry.dtype):
             raise TensorFileError(
                 f"{entry.file}: tensor {name!r} is {entry.dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
@@ -110,11 +110,14 @@ class TensorFiles(Mapping[str, Entry]):
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + first * (tensor.nbytes // max(1, last - first)))
             _fill(_bytes_of(tensor), stream, entry.file)
-        tensor = tensor.to(device=device)
-        if name not in self._finite:
-            check_finite(tensor, name, entry.file)
-            if tensor.shape == entry.shape:
-                self._finite.add(name)
+        with beside(device):
+            tensor = tensor.to(device)
+            if name not in self._finite:
+                check_finite(tensor, name, entry.file)
+                if tensor.shape == entry.shape:
+                    self._finite.add(name)
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(device))  # where it is used
         return tensor
 
 

@@ -6,9 +6,10 @@ import torch
 from tests.upit.conftest import make_examples
 from upit.examples import IGNORE, collate
 from upit.families import moe_config
-from upit.forward import ffn_inputs_of, last_routing, response_logits, response_losses
+from upit.forward import ffn_inputs_of, response_logits, response_losses
 from upit.losses import grouped_losses
 from upit.models import build
+from upit.routers import last_routing
 
 EXAMPLES = make_examples(6)
 

@@ -8,9 +8,10 @@ from transformers import LlamaConfig
 
 from upit.examples import collate
 from upit.families import moe_config
-from upit.forward import body_states, last_routing, response_loss
+from upit.forward import body_states, response_loss
 from upit.graphs import GraphedBody, _Graphs, check_capturable
 from upit.models import build
+from upit.routers import last_routing
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FIELDS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96}

@@ -11,7 +11,7 @@ from upit import scoring
 from upit.examples import IGNORE, collate
 from upit.forward import response_logits
 from upit.pool import Expert, Pool
-from upit.scoring import SeedScorer, load_expert, score_examples
+from upit.scoring import SeedBatches, SeedScorer, load_expert, score_examples
 from upit.seed_data import LowestPerplexity
 
 DATA = make_data(12)
@@ -55,7 +55,7 @@ def loss_alone(model, index: int) -> tuple[float, int]:
 @pytest.mark.parametrize("max_tokens", [1, 30, 8192])
 def test_scores_are_those_of_each_example_alone(dense, max_tokens, monkeypatch):
     monkeypatch.setattr("upit.scoring.BATCH_TOKENS", max_tokens)
-    loss_S, tokens_S = score_examples(dense, SEEDS, DATA.train_set, pad_id=0)
+    loss_S, tokens_S = score_examples(dense, SeedBatches(SEEDS, DATA.train_set, pad_id=0, device=torch.device("cpu")))
     for row, index in enumerate(SEEDS):
         loss, tokens = loss_alone(dense, index)
         assert float(loss_S[row]) == pytest.approx(loss, rel=1e-4)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from tests.upit.tiny import dense_model
 from upit.cli import STAGES, main
 from upit.files import read_json
-from upit.forward import moe_routers
 from upit.moe_files import MoEFiles
 from upit.pool import Pool
 from upit.resident import CPU
 from upit.router_init import Random, RoutingVectors
 from upit.router_init.standalone import learning_estimate
+from upit.routers import moe_routers
 from upit.tensor_files import TensorFiles
 
 LIGHT = (

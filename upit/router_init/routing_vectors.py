@@ -19,9 +19,8 @@ from upit.examples import IGNORE, PADDING, Example, collate
 from upit.families import is_expert
 from upit.files import digest
 from upit.forward import ffn_inputs_of, response_losses
-from upit.pool import Expert
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_expert, to_device, write_ffn
+from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_experts, to_device, write_ffn
 from upit.sharding import average_gradients
 
 if TYPE_CHECKING:
@@ -69,25 +68,28 @@ class RoutingVectors(RouterInit):
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
         state, done, vectors = fingerprint(dense), [], []
+        keys = [digest([e.sha256, seeds.bucket(i), self.describe(), seed, state]) for i, e in enumerate(experts)]
+        found = [broadcast(_finished(_vector_file(directory, i), key)) for i, key in enumerate(keys)]
+        loading = load_experts(dense, [expert for expert, sha256 in zip(experts, found, strict=True) if not sha256])
         for i, expert in enumerate(track(experts)):
-            key = digest([expert.sha256, seeds.bucket(i), self.describe(), seed, state])
-            expert_i, vectors_DH = self._one(dense, i, expert, seeds.bucket(i), data, directory, key, seed, autocast)
-            done.append(expert_i)
-            vectors.append(vectors_DH)
+            file = directory / f"expert_{i:02d}.safetensors"
+            if found[i]:
+                done.append(replace(expert, file=file, sha256=found[i]) if self.expert_lr else expert)
+                with safe_open(_vector_file(directory, i), "pt") as vector_file:
+                    vectors.append(vector_file.get_tensor("vectors"))
+                continue
+            next(loading)
+            vectors.append(self._optimise(dense, seeds.bucket(i), data, seed + i, autocast))
+            if self.expert_lr:
+                expert = replace(expert, file=file, sha256=write_ffn(dense, file, keys[i]))
+            if rank() == 0:
+                _keep(vectors[-1], _vector_file(directory, i), keys[i], expert.sha256)
+            barrier()
+            done.append(expert)
         return done, torch.stack(vectors, dim=1)
 
-    def _one(
-        self, dense, i: int, expert: Expert, bucket, data, directory: Path, key: str, seed: int, autocast
-    ) -> tuple[Expert, Tensor]:
-        """One expert and its routing vectors, (D, H): from disk, or optimised now."""
-        vector_file = directory / f"vectors_{i:02d}.safetensors"
-        expert_file = directory / f"expert_{i:02d}.safetensors"
-        if found := broadcast(_finished(vector_file, key)):
-            with safe_open(vector_file, "pt") as file:
-                tuned = replace(expert, file=expert_file, sha256=found) if self.expert_lr else expert
-                return tuned, file.get_tensor("vectors")
-        load_expert(dense, expert)
-        vectors_DH = optimise_routing_vectors(
+    def _optimise(self, dense, bucket: list[int], data, seed: int, autocast: Autocast) -> Tensor:
+        return optimise_routing_vectors(
             dense,
             bucket,
             data.train_set,
@@ -97,18 +99,20 @@ class RoutingVectors(RouterInit):
             lr=self.lr,
             expert_lr=self.expert_lr,
             batch_size=self.batch_size,
-            seed=seed + i,
+            seed=seed,
             autocast=autocast,
         ).cpu()
-        if self.expert_lr:
-            expert = replace(expert, file=expert_file, sha256=write_ffn(dense, expert_file, key))
-        if rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            beside = vector_file.with_suffix(".tmp")
-            save_file({"vectors": vectors_DH}, beside, metadata={"key": key, "expert_sha256": expert.sha256})
-            beside.replace(vector_file)
-        barrier()
-        return expert, vectors_DH
+
+
+def _vector_file(directory: Path, i: int) -> Path:
+    return directory / f"vectors_{i:02d}.safetensors"
+
+
+def _keep(vectors_DH: Tensor, file: Path, key: str, sha256: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".tmp")
+    save_file({"vectors": vectors_DH}, beside, metadata={"key": key, "expert_sha256": sha256})
+    beside.replace(file)
 
 
 def _finished(vector_file: Path, key: str) -> str | None:
