@@ -13,10 +13,10 @@ import psutil
 import torch
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(beside, path)
 
 

@@ -7,6 +7,7 @@ ever built (Algorithm 3 of UpIT, arXiv:2410.01610).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from upit.ahead import ahead
 from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Batch, Example, collate, length_grouped
-from upit.families import is_expert
+from upit.families import is_expert, within_layer
 from upit.files import read_json, seeded, write_json
 from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
@@ -49,20 +50,24 @@ def load_experts(dense: PreTrainedModel, experts: Sequence[Expert]) -> Iterator[
 
     On a GPU, up to ``STAGED_BYTES`` of the next are read while the caller works with this one.
     """
-    own = [(name, param) for name, param in dense.named_parameters() if is_expert(name)]
-    device = local(own[0][1]).device
-    waiting = max(1, STAGED_BYTES // max(local(param).nbytes for _, param in own)) if device.type == "cuda" else 1
+    params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
+    layers = [list(names) for _, names in itertools.groupby(sorted(params), key=lambda name: within_layer(name)[0])]
+    device = local(params[layers[0][0]]).device
+    largest = max(sum(local(params[name]).nbytes for name in names) for names in layers)
+    waiting = max(1, STAGED_BYTES // largest) if device.type == "cuda" else 1
 
-    def part_of(place: tuple[Expert, str, Tensor]) -> Tensor:
-        expert, name, param = place
-        return expert.get_slice(name, device)[local_slices(param)]
+    def layer_of(place: tuple[Expert, list[str]]) -> dict[str, Tensor]:
+        expert, names = place
+        if any(local(params[name]) is not params[name] for name in names):
+            return {name: expert.get_slice(name, device)[local_slices(params[name])] for name in names}
+        return expert.tensors.read_all(names, device=device)
 
-    places = ((expert, *named) for expert in experts for named in own)
-    parts = ahead(part_of, places, workers=READERS, waiting=waiting)
+    parts = ahead(layer_of, itertools.product(experts, layers), workers=READERS, waiting=waiting)
     for expert in experts:
         with torch.no_grad():
-            for (_, param), part in zip(own, parts, strict=False):
-                local(param).copy_(part)
+            for _, tensors in zip(layers, parts, strict=False):
+                for name, tensor in tensors.items():
+                    local(params[name]).copy_(tensor)
         yield expert
 
 
@@ -229,7 +234,7 @@ class SeedScorer:
                 loss_S, tokens_S = score_examples(self.dense, self._batches, autocast=self.autocast)
                 columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
                 if rank() == 0:
-                    write_json(self.file, self.seen)
+                    write_json(self.file, self.seen, indent=None)
         return [columns[expert.sha256] for expert in experts]
 
     @cached_property

@@ -8,7 +8,7 @@ when it is written.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -107,15 +107,35 @@ class TensorFiles(Mapping[str, Entry]):
             raise TensorFileError(
                 f"{entry.file}: tensor {name!r} is {entry.dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
             )
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.start + first * (tensor.nbytes // max(1, last - first)))
-            _fill(_bytes_of(tensor), stream, entry.file)
+        start = entry.start + first * (tensor.nbytes // max(1, last - first))
+        return self._read(tensor, entry.file, start, names=[name], whole=shape == entry.shape, device=device)
+
+    def read_all(self, names: Iterable[str], *, device: torch.device = CPU) -> dict[str, Tensor]:
+        """Whole tensors, as :meth:`read` each; those that lie side by side in one file are one read and one copy."""
+        names = sorted(names, key=lambda name: self._entries[name].start)
+        entries = [self._entries[name] for name in names]
+        sizes = [math.prod(entry.shape) for entry in entries]
+        for entry, size, after in zip(entries, sizes, entries[1:], strict=False):
+            end = entry.start + size * entry.dtype.itemsize
+            if (entry.file, entry.dtype, end) != (after.file, after.dtype, after.start):
+                return {name: self.read(name, device=device) for name in names}
+        flat = torch.empty(sum(sizes), dtype=entries[0].dtype, pin_memory=device.type == "cuda")
+        flat = self._read(flat, entries[0].file, entries[0].start, names=names, whole=True, device=device)
+        return {n: part.view(e.shape) for n, e, part in zip(names, entries, flat.split(sizes), strict=True)}
+
+    def _read(
+        self, tensor: Tensor, file: Path, start: int, *, names: Sequence[str], whole: bool, device: torch.device
+    ) -> Tensor:
+        """Fill a tensor from a byte of a file on, take it to a device and check it there."""
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            _fill(_bytes_of(tensor), stream, file)
         with beside(device):
             tensor = tensor.to(device)
-            if name not in self._finite:
-                check_finite(tensor, name, entry.file)
-                if tensor.shape == entry.shape:
-                    self._finite.add(name)
+            if not self._finite.issuperset(names):
+                check_finite(tensor, " or ".join(names), file)
+                if whole:
+                    self._finite.update(names)
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(device))  # where it is used
         return tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from upit.tensor_files import INDEX, TensorFileError, TensorFiles, check_finite, write_tensors
+from upit.tensor_files import INDEX, TensorFileError, TensorFiles, _fill, check_finite, write_tensors
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(4, 3),
@@ -34,6 +34,28 @@ def test_the_library_reads_what_is_written(tmp_path):
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize(
+    ("names", "count"), [(["c", "a"], 1), (["d", "c", "a"], 1), (["a", "d"], 2), (["b", "a"], 2), (["scalar"], 1)]
+)
+def test_reads_at_once_what_lies_side_by_side(tmp_path, names, count, monkeypatch):
+    tensors = {"a": TENSORS["a"], "c": torch.randn(7), "d": torch.randn(2, 2), **TENSORS}
+    write_tensors(tmp_path / "x.safetensors", tensors.items(), specs(tensors))
+    files, reads = TensorFiles(tmp_path / "x.safetensors"), []
+    monkeypatch.setattr("upit.tensor_files._fill", lambda *args: reads.append(1) or _fill(*args))
+    found = files.read_all(names)
+    assert sorted(found) == sorted(names)
+    assert all(torch.equal(found[name], tensors[name]) for name in names)
+    assert len(reads) == count
+
+
+def test_names_who_is_broken_of_several(tmp_path):
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, float("nan")])}
+    save_file(tensors, tmp_path / "x.safetensors")
+    for _ in range(2):
+        with pytest.raises(TensorFileError, match="tensor 'a or b' holds NaN"):
+            TensorFiles(tmp_path / "x.safetensors").read_all(["b", "a"])
 
 
 def test_shards_are_one(tmp_path):
