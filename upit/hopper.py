@@ -9,7 +9,7 @@ Shapes: ``T`` tokens, ``K`` experts a token, ``N = T * K`` assignments, ``E`` ex
 experts' rows, ``H`` hidden, ``I`` inner, ``J = 2 * I``.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from quack.gemm_config import GemmConfig
@@ -31,19 +31,33 @@ class Tiles(NamedTuple):
     gate_and_up_weight: GemmConfig
 
 
-def _tile(rows: int, columns: int, blocks: int = 1) -> GemmConfig:
-    """``blocks`` share what they load; small tiles take turns in a block (ping-pong)."""
+def _tile(rows: int, columns: int, blocks: int = 1, *, uneven: bool = False) -> GemmConfig:
+    """``blocks`` share what they load; small tiles take turns in a block (ping-pong).
+
+    Of ``uneven`` tiles, which sum over an expert's tokens, be they many or few, a block takes the next when it is done
+    with one; else each has its own from the start.
+    """
     alternate = rows * columns <= 128 * 192
-    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=alternate, cluster_m=blocks, is_dynamic_persistent=False)
+    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=alternate, cluster_m=blocks, is_dynamic_persistent=uneven)
 
 
 # The fastest of those tried at 576 x 1536, and at 2048 x 5632 and 4096 x 11008 (docs/performance.md). Fixed, since a
 # search would synchronise, which the capture of a CUDA graph forbids; constants, since QuACK knows a tile by identity.
 NARROW_TILES = Tiles(
-    _tile(128, 192), _tile(128, 192, 2), _tile(128, 128), _tile(128, 256), _tile(256, 192), _tile(128, 256)
+    gate_and_up=_tile(128, 192),
+    down=_tile(128, 192, 2),
+    down_input=_tile(128, 128),
+    down_weight=_tile(128, 256, uneven=True),
+    gate_and_up_input=_tile(256, 192),
+    gate_and_up_weight=_tile(128, 256, uneven=True),
 )
 WIDE_TILES = Tiles(
-    _tile(128, 192, 2), _tile(128, 256, 2), _tile(128, 128, 2), _tile(256, 192, 2), _tile(128, 256, 2), _tile(256, 192)
+    gate_and_up=_tile(128, 192, 2),
+    down=_tile(128, 256, 2),
+    down_input=_tile(128, 128, 2),
+    down_weight=_tile(256, 192, 2, uneven=True),
+    gate_and_up_input=_tile(128, 256, 2),
+    gate_and_up_weight=_tile(256, 192, uneven=True),
 )
 
 
@@ -76,12 +90,12 @@ def down_input_gradient(
 
 
 def down_weight_gradient(
-    grad_TH: Tensor, hidden_NI: Tensor, tokens_N: Tensor, bounds_F: Tensor, heaviest_E: Tensor, dtype: torch.dtype
+    grad_TH: Tensor, hidden_NI: Tensor, tokens_N: Tensor, bounds_F: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(E, H, I)."""
     hidden = grad_TH.shape[1]
     grad_EHI = hidden_NI.new_empty(len(bounds_F) - 1, hidden, hidden_NI.shape[1], dtype=dtype)
-    given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N, **_longest_first(heaviest_E)}
+    given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N}
     gemm_tuned.fn(grad_TH.T, hidden_NI, grad_EHI, config=tiles(hidden).down_weight, **given)
     return grad_EHI
 
@@ -96,19 +110,14 @@ def gate_and_up_input_gradient(grad_NJ: Tensor, gate_up_EJH: Tensor, bounds_F: T
 
 
 def gate_and_up_weight_gradient(
-    x_TH: Tensor, grad_NJ: Tensor, tokens_N: Tensor, bounds_F: Tensor, heaviest_E: Tensor, dtype: torch.dtype
+    x_TH: Tensor, grad_NJ: Tensor, tokens_N: Tensor, bounds_F: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """(E, J, H), gate first. Worked out transposed: only the left operand can be gathered."""
     hidden = x_TH.shape[1]
     grad_EJH = grad_NJ.new_empty(len(bounds_F) - 1, grad_NJ.shape[1], hidden, dtype=dtype)
-    given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N, "concat_layout": ("out",), **_longest_first(heaviest_E)}
+    given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N, "concat_layout": ("out",)}
     gemm_tuned.fn(x_TH.T, grad_NJ, grad_EJH.mT, config=tiles(hidden).gate_and_up_weight, **given)
     return grad_EJH
-
-
-def _longest_first(heaviest_E: Tensor) -> dict[str, Any]:
-    """For products of unequal lengths: blocks take the next tile when they are done, the longest first."""
-    return {"batch_idx_permute": heaviest_E, "dynamic_scheduler": True}
 
 
 @custom_op("upit::hopper_products", mutates_args=())
@@ -136,21 +145,20 @@ def _gradients(
     weights_N: Tensor,
     tokens_N: Tensor,
     bounds_F: Tensor,
-    heaviest_E: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of each row's token (N, H), of both parameters in ``dtype``, and (float32) of ``weights_N``."""
     grad_NJ, hidden_NI, grad_weights_N = down_input_gradient(
         grad_TH, down_EHI, gate_up_NJ, weights_N, tokens_N, bounds_F
     )
-    grad_down_EHI = down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, heaviest_E, dtype)
+    grad_down_EHI = down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, dtype)
     grad_x_NH = gate_and_up_input_gradient(grad_NJ, gate_up_EJH, bounds_F)
-    grad_gate_up_EJH = gate_and_up_weight_gradient(x_TH, grad_NJ, tokens_N, bounds_F, heaviest_E, dtype)
+    grad_gate_up_EJH = gate_and_up_weight_gradient(x_TH, grad_NJ, tokens_N, bounds_F, dtype)
     return grad_x_NH, grad_gate_up_EJH, grad_down_EHI, grad_weights_N
 
 
 @_gradients.register_fake
-def _(grad_TH, x_TH, gate_up_EJH, down_EHI, gate_up_NJ, weights_N, tokens_N, bounds_F, heaviest_E, dtype):
+def _(grad_TH, x_TH, gate_up_EJH, down_EHI, gate_up_NJ, weights_N, tokens_N, bounds_F, dtype):
     grad_x_NH = x_TH.new_empty(tokens_N.shape[0], x_TH.shape[1])
     grads = (torch.empty_like(param, dtype=dtype) for param in (gate_up_EJH, down_EHI))
     return grad_x_NH, *grads, torch.empty_like(weights_N)
@@ -165,13 +173,13 @@ def _forward(
     weights_TK: Tensor,
     gate_up_param: Tensor,
     down_param: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What :func:`upit.kernels.experts` does; the router's weight goes in behind the down projection."""
-    order_N, tokens_N, inverse_N, bounds_F, heaviest_E = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
+    order_N, tokens_N, inverse_N, bounds_F = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
     given = x_TH.contiguous(), gate_up_EJH.contiguous(), down_EHI.contiguous()
     gate_up_NJ, out_NH = _products(*given, tokens_N, bounds_F)
     out_TH = sum_by_token(out_NH, inverse_N, expert_ids_TK.shape[1], weights_TK)
-    return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F, heaviest_E
+    return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F
 
 
 @triton_op("upit::hopper_experts_backward", mutates_args={})
@@ -186,14 +194,11 @@ def _backward(
     tokens_N: Tensor,
     inverse_N: Tensor,
     bounds_F: Tensor,
-    heaviest_E: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = grad_TH.contiguous(), x_TH.contiguous(), gate_up_EJH.contiguous(), down_EHI.contiguous()
     weights_N = weights_TK.float().flatten().index_select(0, order_N)
-    grad_x_NH, *grads, grad_weights_N = _gradients(
-        *given, gate_up_NJ, weights_N, tokens_N, bounds_F, heaviest_E, dtype
-    )
+    grad_x_NH, *grads, grad_weights_N = _gradients(*given, gate_up_NJ, weights_N, tokens_N, bounds_F, dtype)
     grad_weights_TK = grad_weights_N.index_select(0, inverse_N).view_as(weights_TK)
     return sum_by_token(grad_x_NH, inverse_N, weights_TK.shape[1]), *grads, grad_weights_TK
 

@@ -39,7 +39,6 @@ def _place(
     tokens,
     inverse,
     bounds,
-    heaviest,
     size,
     num_blocks,
     num_experts,
@@ -47,7 +46,7 @@ def _place(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stable counting sort: where each assignment goes, where each expert's rows start and end, and who has most."""
+    """Stable counting sort: where each assignment of a block goes, and where each expert's rows start and end."""
     block = tl.program_id(0)
     experts = tl.arange(0, E)
     totals = tl.zeros((E,), dtype=tl.int32)
@@ -69,10 +68,6 @@ def _place(
     if block == 0:
         tl.store(bounds, 0)
         tl.store(bounds + 1 + experts, ends_E, mask=experts < num_experts)
-        more = (totals[None, :] > totals[:, None]) | (
-            (totals[None, :] == totals[:, None]) & (experts[None, :] < experts[:, None])
-        )
-        tl.store(heaviest + tl.sum(more.to(tl.int32), axis=1), experts, mask=experts < num_experts)
 
 
 class Sorted(NamedTuple):
@@ -82,7 +77,6 @@ class Sorted(NamedTuple):
     tokens_N: Tensor  # its token
     inverse_N: Tensor  # sorted row of each assignment
     bounds_F: Tensor  # where each expert's rows start, and the end of the last
-    heaviest_E: Tensor  # the experts, those with most rows first
 
 
 def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> Sorted:
@@ -93,8 +87,8 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> Sorted:
     ids_N = expert_ids_TK.contiguous()
     make: dict[str, Any] = {"dtype": torch.int32, "device": ids_N.device}
     counts = torch.empty(blocks, width, **make)
-    sizes = size, size, size, num_experts + 1, num_experts
-    found = Sorted(*(torch.empty(length, **make) for length in sizes))
+    order_N, tokens_N, inverse_N = (torch.empty(size, **make) for _ in range(3))
+    found = Sorted(order_N, tokens_N, inverse_N, torch.empty(num_experts + 1, **make))
     wrap_triton(_count)[(blocks,)](ids_N, counts, size, E=width, BLOCK=ASSIGNMENTS)
     wrap_triton(_place)[(blocks,)](
         ids_N, counts, *found, size, blocks, num_experts, K=top_k, E=width, BLOCK=ASSIGNMENTS
@@ -260,9 +254,9 @@ def _forward(
 
     Args:
         gate_up_param, down_param: what ``gate_up_EJH`` and ``down_EHI`` were cast from, for their gradients only.
-    Returns: ``out_TH``, and for the backward pass ``gate_up_NJ`` and fields of :class:`Sorted`.
+    Returns: ``out_TH``, and for the backward pass ``gate_up_NJ`` and the fields of :class:`Sorted`.
     """
-    order_N, tokens_N, inverse_N, bounds_F, _ = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
+    order_N, tokens_N, inverse_N, bounds_F = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
     x_NH = gather_tokens(x_TH, tokens_N)
     gate_up_NJ = F.grouped_mm(x_NH, gate_up_EJH.transpose(1, 2), offs=bounds_F[1:])
     hidden_NI = weighted_swiglu(gate_up_NJ, weights_TK.contiguous(), order_N)
