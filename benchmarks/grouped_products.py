@@ -1,8 +1,9 @@
 """The six products of an experts layer, forward and backward: torch's and QuACK's grouped ones beside cuBLAS's.
 
-    python -m benchmarks.grouped_products [--shape 576x1536x8] [--tokens 16384]
+    python -m benchmarks.grouped_products [--shape 576x1536x8] [--tokens 16384] [--load even|uneven]
 
-Medians of CUDA events, bf16, top-2, an even load. cuBLAS takes all rows with one expert's weights, like a dense FFN.
+Medians of CUDA events, bf16, top-2. The load is even, or uneven as in a run: each expert has 0.8 of the next heavier's
+rows, in a mixed order. cuBLAS takes all rows with one expert's weights, like a dense FFN.
 QuACK's column (where QuACK runs) is the calls of ``upit.hopper``: in it the first and third have SwiGLU and its
 gradients inside, and the first, third, fourth and sixth gather their tokens' rows.
 """
@@ -45,7 +46,8 @@ def quack_products(hidden: int, inner: int, experts: int, tokens: int, ends_E: t
     rows = tokens * TOP_K
     x_TH, grad_TH = torch.randn(tokens, hidden, **make), torch.randn(tokens, hidden, **make)
     up_EJH, down_EHI = torch.randn(experts, 2 * inner, hidden, **make), torch.randn(experts, hidden, inner, **make)
-    tokens_N = torch.randint(tokens, (experts, rows // experts), device="cuda").sort().values.flatten().int()
+    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    tokens_N = torch.cat([torch.randint(tokens, (size,), device="cuda").sort().values for size in sizes]).int()
     weights_N, bounds_F = torch.rand(rows, device="cuda"), F.pad(ends_E, (1, 0))
     up_NJ, hidden_NI = hopper.gate_and_up(x_TH, up_EJH, tokens_N, bounds_F)
     return [
@@ -58,15 +60,26 @@ def quack_products(hidden: int, inner: int, experts: int, tokens: int, ends_E: t
     ]
 
 
+def ends_of(load: str, experts: int, rows: int) -> torch.Tensor:
+    """Where each expert's rows end, int32 (E,)."""
+    shares_E = torch.ones(experts, dtype=torch.float64)
+    if load == "uneven":
+        order = torch.randperm(experts, generator=torch.Generator().manual_seed(0))
+        shares_E = 0.8 ** order.to(torch.float64)
+    return (rows * shares_E.cumsum(0) / shares_E.sum()).round().to("cuda", torch.int32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="576x1536x8", help="HIDDENxINNERxEXPERTS")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--load", choices=["even", "uneven"], default="even")
     options = parser.parse_args()
     hidden, inner, experts = map(int, options.shape.split("x"))
     rows = options.tokens * TOP_K
-    ends_E = torch.linspace(rows / experts, rows, experts, device="cuda").to(torch.int32)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.shape}, {options.tokens} tokens")
+    ends_E = ends_of(options.load, experts, rows)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.shape}, ", end="")
+    print(f"{options.tokens} tokens, load {options.load}")
     contenders = ["cuBLAS", "grouped", *(["QuACK"] if has_quack() else [])]
     print(
         "| |" + "".join(f" {name}, us | TFLOP/s |" for name in contenders) + "\n|---|" + "---|---|" * len(contenders)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -84,7 +84,7 @@ class CausalLMModule(EvaluatedModule):
         self.trust_remote_code = trust_remote_code
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
-        self.last_fit = False  # nobody needs the optimizer once a fit is over and its checkpoints are written
+        self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
     # --- the phase -----------------------------------------------------------------------------------
 
@@ -259,10 +259,17 @@ class CausalLMModule(EvaluatedModule):
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    # --- the end of a fit ----------------------------------------------------------------------------
+    # Lightning then moves optimizer and model to the host, which takes seconds, in vain if it is the last fit
+
     @override
     def on_train_end(self) -> None:
-        if self.last_fit:  # else Lightning moves its state to the host, which takes seconds
+        if self.last_fit:
             self.trainer.strategy.optimizers = []
+
+    @override
+    def cpu(self) -> Self:
+        return self if self.last_fit else super().cpu()
 
     # --- identity in checkpoints ---------------------------------------------------------------------
 

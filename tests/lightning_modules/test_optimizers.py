@@ -1,7 +1,8 @@
-"""Clipping within the optimizer's step, and what is left of an optimizer when a fit is over."""
+"""Clipping within the optimizer's step, and what is done with optimizer and model when a fit is over."""
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -72,12 +73,14 @@ def test_a_fit_clips_the_same_either_way(make_data, tmp_path, algorithm, monkeyp
 
 
 @pytest.mark.parametrize("last_fit", [False, True])
-def test_the_optimizer_is_let_go_after_the_last_checkpoint_where_none_needs_it(make_data, tmp_path, last_fit):
+def test_nothing_is_moved_to_the_host_after_the_last_fit(make_data, tmp_path, last_fit, monkeypatch):
+    moved = []
+    monkeypatch.setattr(L.LightningModule, "cpu", lambda self: moved.append(self) or self)
     module = DenseModule(config=TINY)
     module.last_fit = last_fit
     trainer = make_trainer(tmp_path, [], logger=False, max_steps=2)
     trainer.checkpoint_callback.save_last = True
     trainer.fit(module, datamodule=make_data())
-    assert len(trainer.optimizers) == (0 if last_fit else 1)
+    assert (len(moved), len(trainer.optimizers)) == ((0, 0) if last_fit else (1, 1))
     last = torch.load(trainer.checkpoint_callback.last_model_path, weights_only=True)
     assert last["optimizer_states"][0]["state"]
