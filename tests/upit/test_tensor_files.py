@@ -129,3 +129,17 @@ def test_rows_that_are_whole_say_nothing_about_the_others(tmp_path):
     assert torch.equal(files.read("x", slice(0, 5)), tensor[:5])
     with pytest.raises(TensorFileError, match="holds NaN or infinity"):
         files.read("x")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_busy_gpu_is_not_waited_for(tmp_path):
+    tensors = {name: torch.randn(300, 200) for name in "abc"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    files, device = TensorFiles(tmp_path / "x.safetensors"), torch.device("cuda", 0)
+    files.read("a", device=device)
+    torch.cuda._sleep(4 * 10**9)  # two seconds and more
+    found = {"a": files.read("a", device=device), **files.read_all("bc", device=device)}
+    assert not torch.cuda.current_stream().query()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.cpu(), tensors[name])
