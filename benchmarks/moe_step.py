@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from lightning_modules.optimizers import clip_in_step
+from lightning_modules.optimizers import AdamW
 from upit import experts
 from upit.examples import Batch, collate, token_mask
 from upit.families import moe_config
@@ -123,7 +123,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     torch._dynamo.reset()
     torch.set_default_dtype(torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
     model = model_of(variant, LlamaConfig(**fields), options.experts)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
     body = GraphedBody() if "+g" in variant else body_states
     batches = [packed_batch(options.rows, model.config.vocab_size, seed) for seed in range(options.accumulate)]
 
@@ -138,7 +138,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
         if variant.startswith("stock"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         else:
-            clip_in_step(optimizer, 1.0)
+            optimizer.clip(1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,5 +1,6 @@
 """What the upcycling and a later growth share: when they happen, whom they tell, and what follows a new model."""
 
+import gc
 import os
 import time
 from abc import abstractmethod
@@ -129,6 +130,8 @@ class UpcyclingEvent(Callback):
         pl_module.eval()
         before = reference_logits(pl_module.lm, *compared, **how)
         self.change(trainer, pl_module)
+        if any(phase.compile_layers for phase in pl_module.phases):
+            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
         pl_module.eval()
         self.drift = drift(pl_module.lm, before, *compared, **how)
         pl_module.train()

@@ -18,6 +18,7 @@ class UpcyclingModule(Protocol):
     grown: bool
     growth_step: int | None
     moe: Any  # has num_experts and top_k
+    phases: Sequence[Any]  # the modules that are active in turn; have compile_layers
     lm: PreTrainedModel
 
     def outline(self) -> PreTrainedModel | None: ...

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_modules import horizon
 from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
-from lightning_modules.optimizers import adamw, clip_in_step, clips_in_step
+from lightning_modules.optimizers import AdamW, adamw
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.examples import IGNORE, Batch
@@ -84,6 +84,7 @@ class CausalLMModule(EvaluatedModule):
         self.trust_remote_code = trust_remote_code
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
+        self._set_aside: list[torch.optim.Optimizer] = []
         self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
     # --- the phase -----------------------------------------------------------------------------------
@@ -254,8 +255,10 @@ class CausalLMModule(EvaluatedModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and clips_in_step(optimizer):
-            clip_in_step(optimizer, gradient_clip_val)
+        norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
+        unsharded = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if norm and unsharded and isinstance(optimizer, AdamW) and optimizer.clips:
+            optimizer.clip(norm)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -265,11 +268,15 @@ class CausalLMModule(EvaluatedModule):
     @override
     def on_train_end(self) -> None:
         if self.last_fit:
-            self.trainer.strategy.optimizers = []
+            self._set_aside, self.trainer.strategy.optimizers = self.trainer.strategy.optimizers, []
 
     @override
     def cpu(self) -> Self:
-        return self if self.last_fit else super().cpu()
+        if not self.last_fit:
+            return super().cpu()
+        if self._set_aside:  # back, for who saves a checkpoint in on_fit_end
+            self.trainer.strategy.optimizers, self._set_aside = self._set_aside, []
+        return self
 
     # --- identity in checkpoints ---------------------------------------------------------------------
 

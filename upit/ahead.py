@@ -12,10 +12,13 @@ R = TypeVar("R")
 def ahead(compute: Callable[[T], R], items: Iterable[T], *, workers: int = 2, waiting: int = 1) -> Iterator[R]:
     """``compute(item)`` of every item, in order, with at most ``workers`` of them at work and ``waiting`` beside."""
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for item in items:
             pending.append(pool.submit(compute, item))
             if len(pending) >= workers + waiting:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@ Shapes: ``T`` tokens, ``E`` experts, ``K`` experts a token, ``D`` layers, ``H`` 
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +32,15 @@ def prepare_routers(model: PreTrainedModel) -> None:
     Attributes, not a list that a passing hook fills: compiled layers keep writing to them.
     """
     for router in moe_routers(model):
-        router.forward = MethodType(route, router)
+        kind: Any = type(router)
+        router.__class__ = _routed(kind)
         router.register_forward_hook(_keep_routing)
+
+
+@cache
+def _routed(stock: Any) -> type:
+    """The same kind of router with another forward; a forward of the object's own would keep the model alive."""
+    return type(stock.__name__, (stock,), {"forward": route, "stock_forward": stock.forward})
 
 
 def _keep_routing(router, _, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -50,13 +57,13 @@ def route(router: nn.Module, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The router's own forward; in compiled layers the same without ``topk``, which stays a slow kernel of its own.
 
     Args:
-        router: a softmax router of transformers.
+        router: a softmax router of transformers, prepared.
         states: (..., H).
     Returns: logits (T, E), weights (T, K) and experts (T, K).
     """
     stock: Any = router
     if stock.top_k > FEW or not torch.compiler.is_compiling():
-        return type(stock).forward(stock, states)
+        return stock.stock_forward(states)
     logits_TE = F.linear(states.reshape(-1, stock.hidden_dim), stock.weight)
     weights_TK, experts_TK = few_largest(logits_TE.softmax(-1, dtype=torch.float32), stock.top_k)
     if getattr(stock, "norm_topk_prob", True):

@@ -48,13 +48,14 @@ def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
 def load_experts(dense: PreTrainedModel, experts: Sequence[Expert]) -> Iterator[Expert]:
     """:func:`load_expert` of each in turn; yields it once it stands in the model.
 
-    On a GPU, up to ``STAGED_BYTES`` of the next are read while the caller works with this one.
+    On a GPU, up to ``STAGED_BYTES`` of the next are read while the caller works with this one, or a few layers where
+    those are larger.
     """
     params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
     layers = [list(names) for _, names in itertools.groupby(sorted(params), key=lambda name: within_layer(name)[0])]
     device = local(params[layers[0][0]]).device
     largest = max(sum(local(params[name]).nbytes for name in names) for names in layers)
-    waiting = max(1, STAGED_BYTES // largest) if device.type == "cuda" else 1
+    waiting = max(1, STAGED_BYTES // largest - READERS) if device.type == "cuda" else 1
 
     def layer_of(place: tuple[Expert, list[str]]) -> dict[str, Tensor]:
         expert, names = place

@@ -8,7 +8,7 @@ when it is written.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -108,7 +108,7 @@ class TensorFiles(Mapping[str, Entry]):
                 f"{entry.file}: tensor {name!r} is {entry.dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
             )
         start = entry.start + first * (tensor.nbytes // max(1, last - first))
-        return self._read(tensor, entry.file, start, names=[name], whole=shape == entry.shape, device=device)
+        return self._read(tensor, entry.file, start, {name: tensor.numel()}, whole=shape == entry.shape, device=device)
 
     def read_all(self, names: Iterable[str], *, device: torch.device = CPU) -> dict[str, Tensor]:
         """Whole tensors, as :meth:`read` each; those that lie side by side in one file are one read and one copy."""
@@ -120,22 +120,28 @@ class TensorFiles(Mapping[str, Entry]):
             if (entry.file, entry.dtype, end) != (after.file, after.dtype, after.start):
                 return {name: self.read(name, device=device) for name in names}
         flat = torch.empty(sum(sizes), dtype=entries[0].dtype, pin_memory=device.type == "cuda")
-        flat = self._read(flat, entries[0].file, entries[0].start, names=names, whole=True, device=device)
+        parts = dict(zip(names, sizes, strict=True))
+        flat = self._read(flat, entries[0].file, entries[0].start, parts, whole=True, device=device)
         return {n: part.view(e.shape) for n, e, part in zip(names, entries, flat.split(sizes), strict=True)}
 
     def _read(
-        self, tensor: Tensor, file: Path, start: int, *, names: Sequence[str], whole: bool, device: torch.device
+        self, tensor: Tensor, file: Path, start: int, parts: Mapping[str, int], *, whole: bool, device: torch.device
     ) -> Tensor:
-        """Fill a tensor from a byte of a file on, take it to a device and check it there."""
+        """Fill a tensor from a byte of a file on, take it to a device and check it there.
+
+        Args: ``parts``: whose elements it holds, and how many of each; all of them, if ``whole``.
+        """
         with file.open("rb", buffering=0) as stream:
             stream.seek(start)
             _fill(_bytes_of(tensor), stream, file)
         with beside(device):
             tensor = tensor.to(device)
-            if not self._finite.issuperset(names):
-                check_finite(tensor, " or ".join(names), file)
+            if not self._finite.issuperset(parts):
+                if not _is_finite(tensor):
+                    for name, part in zip(parts, tensor.flatten().split(list(parts.values())), strict=True):
+                        check_finite(part, name, file)
                 if whole:
-                    self._finite.update(names)
+                    self._finite.update(parts)
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(device))  # where it is used
         return tensor
@@ -151,9 +157,13 @@ def open_tensors(path: str, field: str) -> TensorFiles:
 
 def check_finite(tensor: Tensor, name: str, file: Path) -> None:
     """Raises: TensorFileError: the tensor holds NaN or infinity."""
-    # aminmax passes NaN on, and is much faster than isfinite (docs/performance.md)
-    if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+    if not _is_finite(tensor):
         raise TensorFileError(f"{file}: tensor {name!r} holds NaN or infinity")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # aminmax passes NaN on, and is much faster than isfinite (docs/performance.md)
+    return not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor))
 
 
 def write_tensors(

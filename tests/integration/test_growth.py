@@ -1,11 +1,13 @@
 """N to M experts in one fit: what it leaves behind, resume around it, its export, and what its readers show."""
 
 import copy
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -194,6 +196,37 @@ def test_the_optimizer_moves_the_parameters_of_now_only(make_data, tmp_path):
     theirs = {id(param) for group in trainer.optimizers[0].param_groups for param in group["params"]}
     assert theirs == {id(param) for param in module.parameters()}
     assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {END - GROWTH}
+
+
+class Dropped(Callback):
+    """How many parameters of earlier models are left, at each model's first step."""
+
+    def __init__(self):
+        self.earlier, self.now, self.left = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        params = list(pl_module.parameters())
+        if not self.now or self.now[0]() is not params[0]:
+            self.earlier, self.now = self.earlier + self.now, [weakref.ref(param) for param in params]
+            self.left.append(sum(param() is not None for param in self.earlier))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_earlier_models_are_gone(make_data, tmp_path, compiled, monkeypatch):
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="eager"))
+    module, dropped = make_module(compile=compiled), Dropped()
+    module.dense.compile_layers = compiled
+    settings = {"max_steps": END, "logger": False, "enable_checkpointing": False}
+    trainer = make_trainer(tmp_path, [*callbacks(report=False), dropped], **settings)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.fit(module, datamodule=make_data())
+    finally:
+        gc.enable()
+        torch.compiler.set_stance("default")
+    assert dropped.left == [0, 0, 0]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

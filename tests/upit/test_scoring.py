@@ -11,7 +11,7 @@ from upit import scoring
 from upit.examples import IGNORE, collate
 from upit.forward import response_logits
 from upit.pool import Expert, Pool
-from upit.scoring import SeedBatches, SeedScorer, load_expert, score_examples
+from upit.scoring import SeedBatches, SeedScorer, load_expert, load_experts, score_examples
 from upit.seed_data import LowestPerplexity
 
 DATA = make_data(12)
@@ -70,6 +70,15 @@ def test_each_column_is_the_perplexity_under_its_expert(dense, experts, file):
         for row, index in enumerate(SEEDS):
             loss, tokens = loss_alone(dense, index)
             assert float(seeds.perplexity_SN[row, e]) == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+
+
+@torch.no_grad()
+def test_experts_stand_in_the_model_one_after_the_other(dense, experts):
+    for expert, loaded in zip(experts, load_experts(dense, experts), strict=True):
+        assert loaded is expert
+        params = {name: param for name, param in dense.named_parameters() if name in expert.shapes}
+        assert params.keys() == expert.shapes.keys()
+        assert all(torch.equal(param, expert.read(name)) for name, param in params.items())
 
 
 def test_buckets_hold_every_seed_example_once(dense, experts, file):
