@@ -162,6 +162,8 @@ class CausalLMModule(EvaluatedModule):
             shard(model, trainer.strategy.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+            # else layers whose routers keep what they said are not compiled: it need not be kept again
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         if self.compile_layers:
             for layer in model.model.layers:
                 layer.compile()

@@ -1,17 +1,25 @@
 """What the modules refuse, and which checkpoints they take."""
 
+import copy
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.families import moe_config
+from upit.models import build
 from upit.router_init import Random
+from upit.routers import last_routing
+
+FAST = {"compile": True, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"model": "a", "config": TINY}])
@@ -171,3 +179,36 @@ def test_a_domain_without_a_held_out_batch_has_no_score(make_data, tmp_path, mon
     domains = {name.rpartition("/")[2] for name in metrics if name.count("/") == 2}
     assert domains == ({"arithmetic", "letters"} if elsewhere else {"letters"})
     assert elsewhere or all(math.isfinite(value) for value in metrics.values())
+
+
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=False)
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_layers_that_are_computed_again_are_compiled(kind, monkeypatch):
+    calls, compile_layer = [], torch.nn.Module.compile
+
+    def counted(graph, inputs):
+        call = aot_eager(graph, inputs)
+        return lambda *given: calls.append(1) or call(*given)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend=counted))
+    torch._dynamo.reset()
+    config = LlamaConfig(**TINY, vocab_size=64)
+    config = moe_config(config, num_experts=4, top_k=2) if kind == "moe" else config
+    torch.manual_seed(0)
+    plain = build(config).train()
+    fast = {"dense": DenseModule(config=TINY, **FAST), "moe": MoEModule(**FAST)}[kind]
+    fast.model = copy.deepcopy(plain)
+    for model in (plain, fast.lm):
+        model.config._experts_implementation = "batched_mm"  # on a CPU ours is not traced
+    fast.finish(SimpleNamespace(strategy=None))
+    ids, grads = torch.randint(3, 64, (2, 9)), []
+    with torch.compiler.set_stance("default"):
+        for model in (plain, fast.lm):
+            loss = model(ids, use_cache=False).logits.square().mean()
+            if kind == "moe":
+                loss = loss + last_routing(model)[0].square().mean()
+            loss.backward()
+            grads.append([param.grad for param in model.parameters()])
+    torch.compiler.set_stance("default")
+    assert len(calls) == config.num_hidden_layers
+    torch.testing.assert_close(grads[1], grads[0])
