@@ -33,8 +33,9 @@ def prepare_routers(model: PreTrainedModel) -> None:
     """
     for router in moe_routers(model):
         kind: Any = type(router)
-        router.__class__ = _routed(kind)
-        router.register_forward_hook(_keep_routing)
+        if not hasattr(kind, "stock_forward"):
+            router.__class__ = _routed(kind)
+            router.register_forward_hook(_keep_routing)
 
 
 @cache

@@ -11,7 +11,7 @@ from upit.examples import collate
 from upit.families import FAMILIES, FFN, check_top_k, expert_name, family_of, is_expert, moe_config
 from upit.forward import response_logits
 from upit.models import build
-from upit.routers import last_routing, moe_routers, prepare_routers
+from upit.routers import last_routing, moe_routers
 from upit.upcycling import upcycle
 
 IDS_BT = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -63,7 +63,6 @@ def test_the_grouped_experts_forward_serves_it(family, tmp_path):
         torch.testing.assert_close(ours, moe(IDS_BT).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(ours, dense(IDS_BT).logits, atol=0.05), "different experts changed nothing"
     experts.use(moe)
-    prepare_routers(moe)
     moe(IDS_BT).logits.sum().backward()
     assert last_routing(moe)[0].shape == (2, 40, 3)
     assert all(router.weight.grad.abs().sum() > 0 for router in moe_routers(moe))

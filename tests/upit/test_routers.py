@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from tests.upit.tiny import dense_config
 from upit.families import FAMILIES, moe_config
 from upit.models import build
-from upit.routers import FEW, few_largest, moe_routers
+from upit.routers import FEW, few_largest, moe_routers, prepare_routers
 
 EXPERTS = 2 * FEW
 
@@ -68,6 +68,13 @@ def test_few_largest_are_those_of_topk_the_first_of_equals_first():
     probs_TE = torch.rand(50, 12, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(few_largest(probs_TE, 3), tuple(probs_TE.topk(3)), rtol=0, atol=0)
     assert few_largest(torch.full((1, 5), 0.2), 3)[1].tolist() == [[0, 1, 2]]
+
+
+def test_a_router_is_prepared_once():
+    model = build(moe_config(dense_config("llama"), num_experts=4, top_k=2))
+    prepare_routers(model)
+    assert all(len(router._forward_hooks) == 1 for router in moe_routers(model))
+    model(torch.ones(1, 5, dtype=torch.long))
 
 
 def test_a_model_that_is_dropped_is_gone():
