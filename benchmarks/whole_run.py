@@ -74,7 +74,7 @@ class Clock(Callback):
             parts[f"{phase}: first step"] = ends[0] - self.starts[phase] - step
         parts |= {"copying the base": base, f"harvest: {len(harvests)}": sum(harvests), **self.upcycling.wall_seconds}
         parts["comparing logits"] = self.event - sum(self.upcycling.wall_seconds.values())
-        parts["teardown: model and optimizer to the host"] = whole + self.start - self.train_end
+        parts["teardown"] = whole + self.start - self.train_end
         parts["all else"] = whole - sum(parts.values())
         print(f"\n| | seconds | of the steps |\n|---|---|---|\n| steps | {steps:.1f} | 1.00 |")
         for name, seconds in parts.items():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -189,6 +190,8 @@ def test_a_resumed_run_keeps_the_records_and_ends_with_the_same_weights(cli_run,
     shutil.copytree(cli_run, run)
     before = records(run)
     expected = torch.load(run / "checkpoints/step=8.ckpt", weights_only=True)["state_dict"]
+    moved = []
+    monkeypatch.setattr(L.LightningModule, "cpu", lambda module: moved.append(module) or module)
     (run / "checkpoints/step=8.ckpt").unlink()
     monkeypatch.delattr(DenseModule, "architecture")  # what training began with may be gone by now
     upit("fit", "-c", cli_run / "config.yaml", "--ckpt_path", run / "checkpoints/step=3.ckpt", monkeypatch=monkeypatch)
@@ -198,6 +201,7 @@ def test_a_resumed_run_keeps_the_records_and_ends_with_the_same_weights(cli_run,
     assert after["metrics.csv"]
     found = torch.load(run / "checkpoints/step=8.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not moved, "the command moved the model to the host, where nothing needs it"
 
 
 def test_the_same_config_again_touches_nothing_of_the_first_run(cli_run, monkeypatch):

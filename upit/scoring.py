@@ -40,13 +40,8 @@ if TYPE_CHECKING:
 Autocast = Callable[[], AbstractContextManager]
 
 
-def load_expert(dense: PreTrainedModel, expert: Expert) -> None:
-    """Copy an expert's FFN weights into a dense model, each rank its own shard."""
-    next(load_experts(dense, [expert]))
-
-
 def load_experts(dense: PreTrainedModel, experts: Sequence[Expert]) -> Iterator[Expert]:
-    """:func:`load_expert` of each in turn; yields it once it stands in the model.
+    """Copy one expert's FFN weights after the other into a dense model, each rank its own shard; yields it then.
 
     On a GPU, up to ``STAGED_BYTES`` of the next are read while the caller works with this one, or a few layers where
     those are larger.

@@ -1,10 +1,12 @@
 """Clipping within the optimizer's step, and what is done with optimizer and model when a fit is over."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 
 from lightning_modules import DenseModule
@@ -84,6 +86,18 @@ def test_a_fit_clips_the_same_whoever_does_it(make_data, tmp_path, kind, algorit
     found = fit(kind)
     assert seen == [0.05] * count
     torch.testing.assert_close(found, fit(DenseModule), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy(), ModelParallelStrategy(), FSDPStrategy()])
+def test_shards_are_clipped_by_their_strategy(strategy, monkeypatch):
+    done = []
+    monkeypatch.setattr(AdamW, "clip", lambda *_: done.append("step"))
+    monkeypatch.setattr(L.LightningModule, "configure_gradient_clipping", lambda *_: done.append("strategy"))
+    module = DenseModule(config=TINY)
+    module._trainer = SimpleNamespace(strategy=strategy)
+    optimizer = AdamW([nn.Parameter(torch.ones(2))], fused=True)
+    module.configure_gradient_clipping(optimizer, 1.0, "norm")
+    assert done == ["step" if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) else "strategy"]
 
 
 @pytest.mark.parametrize("last_fit", [False, True])

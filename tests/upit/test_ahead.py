@@ -36,3 +36,17 @@ def test_never_more_than_a_few_are_taken_ahead(waiting):
 def test_an_error_comes_through():
     with pytest.raises(ZeroDivisionError):
         list(ahead(lambda x: 1 // x, [1, 0, 2]))
+
+
+def test_what_nobody_takes_is_not_computed():
+    begun, go_on = [], threading.Event()
+
+    def wait(x):
+        begun.append(x)
+        go_on.wait(10)
+
+    results = ahead(lambda x: x and wait(x), range(50), workers=1, waiting=40)
+    next(results)
+    threading.Timer(0.2, go_on.set).start()
+    results.close()
+    assert begun == [1]

@@ -11,7 +11,7 @@ from upit import scoring
 from upit.examples import IGNORE, collate
 from upit.forward import response_logits
 from upit.pool import Expert, Pool
-from upit.scoring import SeedBatches, SeedScorer, load_expert, load_experts, score_examples
+from upit.scoring import SeedBatches, SeedScorer, load_experts, score_examples
 from upit.seed_data import LowestPerplexity
 
 DATA = make_data(12)
@@ -65,8 +65,7 @@ def test_scores_are_those_of_each_example_alone(dense, max_tokens, monkeypatch):
 @torch.no_grad()
 def test_each_column_is_the_perplexity_under_its_expert(dense, experts, file):
     seeds = run(dense, experts, file)
-    for e, expert in enumerate(experts):
-        load_expert(dense, expert)
+    for e, _ in enumerate(load_experts(dense, experts)):
         for row, index in enumerate(SEEDS):
             loss, tokens = loss_alone(dense, index)
             assert float(seeds.perplexity_SN[row, e]) == pytest.approx(math.exp(loss / tokens), rel=1e-4)

@@ -11,7 +11,7 @@ from upit.examples import IGNORE, collate
 from upit.forward import ffn_inputs_of, response_states
 from upit.router_init import HiddenMean, Random, Ridge
 from upit.router_init.hidden_states import load_mean
-from upit.scoring import Seeds, load_expert
+from upit.scoring import Seeds, load_experts
 
 OWNERS = [0, 1, 2, 1, 0, 2, 2]
 
@@ -88,7 +88,7 @@ def test_random_needs_no_seed_data(case, tmp_path):
     _, again = Random()(dense, experts, None, None, directory=tmp_path, seed=3)
     assert torch.equal(router_DEH, again)
     assert float(router_DEH.std()) == pytest.approx(dense.config.initializer_range, rel=0.2)
-    load_expert(dense, experts[0])
+    next(load_experts(dense, experts))
 
 
 def test_ridge_refuses():

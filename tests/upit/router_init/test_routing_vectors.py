@@ -14,7 +14,7 @@ from upit import scoring
 from upit.examples import PADDING, collate
 from upit.forward import ffn_inputs_of, response_logits
 from upit.router_init import RoutingVectors, optimise_routing_vectors, routing_vectors
-from upit.scoring import SeedScorer, load_expert
+from upit.scoring import SeedScorer, load_experts
 from upit.seed_data import LowestPerplexity
 
 DATA = make_data(12)
@@ -147,7 +147,7 @@ def test_every_row_of_the_router_prefers_its_own_bucket(setting, tmp_path):
     experts, router_DEH = initialise(setting, tmp_path / "router", epochs=40)
     assert router_DEH.shape == (2, 3, 32)
     for e, expert in enumerate(experts):
-        load_expert(dense, expert)
+        next(load_experts(dense, [expert]))
         assert attraction(dense, router_DEH[:, e], seeds.bucket(e)) > 0.8
 
 
