@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from lightning_modules.optimizers import AdamW
 from upit import experts
-from upit.examples import Batch, collate, token_mask
+from upit.examples import Batch, collate, to_device, token_mask
 from upit.families import moe_config
 from upit.forward import Body, body_states, response_loss
 from upit.graphs import GraphedBody
@@ -48,7 +48,7 @@ SHAPES = {
     },
 }  # fmt: skip
 VARIANTS = ["dense+c", "dense+c+g", "upit+c", "upit+c+g", "stock", "stock+c"]
-DEVICE, TOP_K, LENGTH, PEAK, BALANCE = "cuda", 2, 1024, 989e12, 0.01
+DEVICE, TOP_K, LENGTH, LONGEST, PEAK, BALANCE = "cuda", 2, 1024, 300, 989e12, 0.01
 WARM_UP = 5
 
 
@@ -58,14 +58,14 @@ def packed_batch(rows: int, vocabulary: int, seed: int) -> Batch:
     for _ in range(rows):
         row, room = [], LENGTH
         while room >= 50:
-            size = min(room, draw.randrange(50, 300))
+            size = min(room, draw.randrange(50, LONGEST))
             ids = [draw.randrange(3, vocabulary) for _ in range(size)]
             row.append(len(dataset))
             dataset.append({"input_ids": ids, "labels": [-100] * (size // 2) + ids[size // 2 :]})
             room -= size
         layout.append(row)
-    batch = collate(layout, dataset, pad_id=0, length=LENGTH)  # type: ignore[arg-type]
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    batch = collate(layout, dataset, pad_id=0, length=LENGTH, longest=LONGEST)  # type: ignore[arg-type]
+    return to_device(batch, torch.device(DEVICE))
 
 
 def model_of(variant: str, dense: LlamaConfig, num_experts: int):

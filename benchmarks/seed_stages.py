@@ -22,13 +22,13 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig
 
-from upit.examples import collate, length_grouped
+from upit.examples import collate, length_grouped, to_device
 from upit.families import is_expert
 from upit.forward import response_losses
 from upit.models import build
 from upit.pool import Pool
 from upit.router_init import RoutingVectors, routing_vectors
-from upit.scoring import BATCH_TOKENS, GPU_BATCH_TOKENS, SeedScorer, to_device
+from upit.scoring import BATCH_TOKENS, GPU_BATCH_TOKENS, SeedScorer
 from upit.seed_data import LowestPerplexity
 
 SHAPES = {

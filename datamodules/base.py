@@ -174,6 +174,7 @@ class ConversationDataModule(L.LightningDataModule):
     def _training_rows(self) -> list:
         """Packed rows, or whole batches when grouped by length: what the sampler draws."""
         lengths = [len(row["input_ids"]) for row in self.train_set]
+        self.longest = max(lengths)
         if self.packing:
             return pack(lengths, capacity=self.max_length, seed=self.seed)
         return group_by_length(lengths, batch_size=self.batch_size, seed=self.seed)
@@ -220,7 +221,8 @@ class ConversationDataModule(L.LightningDataModule):
         )
 
     def _collate_packed(self, rows: list[list[int]]) -> Batch:
-        return collate(rows, self.train_set, pad_id=self.tokenizer.pad_token_id, length=self.max_length)
+        pad_id = self.tokenizer.pad_token_id
+        return collate(rows, self.train_set, pad_id=pad_id, length=self.max_length, longest=self.longest)
 
     def _collate_grouped(self, batch: list[int]) -> Batch:
         world, rank = self._world

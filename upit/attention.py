@@ -30,22 +30,24 @@ def packed_mask(batch: Batch, dtype: torch.dtype, *, window: int | None = None) 
     Args:
         dtype: of queries and keys.
         window: tokens that a token may see, where the model has a sliding window; takes the dense mask.
-    Returns: where FlashAttention can run, int32 (1, 1, 1, S + 1): the ends of the batch's sequences, row after row,
-        the first 0; else the dense mask of :func:`upit.examples.block_causal_mask`.
+    Returns: where FlashAttention can run, int32 (1, 1, W, S + 1): the ends of the batch's sequences, row after row,
+        the first 0, W times over (no copies), of which none is longer than W; else the dense mask of
+        :func:`upit.examples.block_causal_mask`.
     """
     lengths_S = batch["lengths"]
     if window or not (lengths_S.is_cuda and dtype in HALF):
         return block_causal_mask(batch, window=window)
-    return sequence_ends(lengths_S)
+    return sequence_ends(lengths_S, batch["longest"])
 
 
-def sequence_ends(lengths_S: Tensor) -> Tensor:
-    """Where sequences end that lie one after the other, the first 0; int32 (1, 1, 1, S + 1).
+def sequence_ends(lengths_S: Tensor, longest: int) -> Tensor:
+    """Where sequences end that lie one after the other, the first 0; int32 (1, 1, longest, S + 1).
 
-    Layers compile once for all S, not for the first and then again for all others, at whatever step the second comes.
+    The shape tells attention the longest, as any mask's tells it the number of queries. Layers compile once for all S,
+    not for the first and then again for all others, at whatever step the second comes.
     """
     ends_S = lengths_S.cumsum(0, dtype=torch.int32)
-    ends = torch.cat([ends_S.new_zeros(1), ends_S]).view(1, 1, 1, -1)
+    ends = torch.cat([ends_S.new_zeros(1), ends_S]).expand(1, 1, longest, -1)
     torch._dynamo.maybe_mark_dynamic(ends, 3)
     return ends
 
@@ -70,8 +72,8 @@ def packed_attention(
         tensor.to(value.dtype).transpose(1, 2).reshape(batch * length, heads, width)
         for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))
     ]
-    ends = attention_mask.flatten()
-    out: Any = varlen_attn(rows[0], rows[1], rows[2], ends, ends, length, length, scale=scaling, window_size=(-1, 0))
+    longest, ends = attention_mask.shape[2], attention_mask[0, 0, 0]
+    out: Any = varlen_attn(rows[0], rows[1], rows[2], ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
     return out.view(batch, length, heads, width), None
 
 

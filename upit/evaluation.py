@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.distributed import own_share, world_size
-from upit.examples import PADDING, Batch, Example, collate, length_grouped
+from upit.examples import PADDING, Batch, Example, collate, length_grouped, to_device
 from upit.forward import response_logits, response_losses
 from upit.losses import grouped_losses
 from upit.metrics import WeightedMeans
-from upit.scoring import Autocast, to_device
+from upit.scoring import Autocast
 
 MARGIN = 16  # tokens that an answer may be longer than expected; ours
 
@@ -34,15 +34,12 @@ def greedy_answers(
     device = next(model.parameters()).device
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
-    batch = to_device(
-        {
-            "input_ids": torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]),
-            "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
-        },
-        device,
-    )
+    gaps = [width - len(prompt) for prompt in prompts]
+    inputs = [[pad] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
+    masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
     ids = model.generate(
-        **batch,
+        input_ids=torch.tensor(inputs, device=device),
+        attention_mask=torch.tensor(masks, device=device),
         max_new_tokens=max(max_new_tokens),
         do_sample=False,
         use_cache=True,

@@ -1,6 +1,6 @@
 """Tokenised examples and the one batch format that every stage shares.
 
-Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, (B, T) but for the last two:
+Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, (B, T) but for two, and a number:
 
 - ``input_ids``: tokens; padding holds the tokenizer's pad id.
 - ``labels``: the token itself where it belongs to a response, else ``IGNORE``. Not shifted.
@@ -8,15 +8,17 @@ Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, (B, 
 - ``example_ids``: index of the token's example in its dataset; ``PADDING`` where there is no token. It says
   which tokens may attend to each other, which tokens count for the balance of experts, and which example
   a token's loss belongs to, whether rows are packed or padded.
-- ``lengths``: (S,), tokens of each example of the first row, then of its padding, and so on; zeros up to a round S.
+- ``lengths``: (S,), tokens of each sequence: the examples of the first row, then its padding, which is cut into
+  sequences too, and so on; zeros up to a round S.
 - ``predictors``: (L,), where in the flattened batch a token predicts a response token.
+- ``longest``: int, no sequence is longer. Attention's kernels are launched for sequences of this length.
 
-The last two follow from the others; they are worked out here, on the host, so that a training step need not wait for
+The last three follow from the others; they are worked out here, on the host, so that a training step need not wait for
 the device to learn a shape. S is round, so that compiled layers meet few shapes.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,17 @@ IGNORE = -100
 PADDING = -1
 ROUND_SEQUENCES = 64
 
-Batch = dict[str, Tensor]
+
+class Batch(TypedDict):
+    """What a step works on; see the module's docstring."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    example_ids: Tensor
+    lengths: Tensor
+    predictors: Tensor
+    longest: int
 
 
 class Example(TypedDict):
@@ -52,7 +64,12 @@ class TrainingData(Protocol):
 
 
 def collate(
-    rows: Sequence[Sequence[int]], dataset: Sequence[Example], *, pad_id: int, length: int | None = None
+    rows: Sequence[Sequence[int]],
+    dataset: Sequence[Example],
+    *,
+    pad_id: int,
+    length: int | None = None,
+    longest: int | None = None,
 ) -> Batch:
     """Lay examples side by side in rows.
 
@@ -61,13 +78,19 @@ def collate(
         dataset: tokenised examples.
         pad_id: token written into padding.
         length: T; default the longest row.
+        longest: tokens of the longest example of all batches to come, so that one compiled step serves them all;
+            default T.
     Returns: a batch, see the module's docstring.
-    Raises: ValueError: a row is longer than ``length``.
+    Raises: ValueError: a row is longer than ``length``, or an example than ``longest``.
     """
-    widths = [sum(len(dataset[index]["input_ids"]) for index in row) for row in rows]
+    sizes = [[len(dataset[index]["input_ids"]) for index in row] for row in rows]
+    widths = [sum(row) for row in sizes]
     length = max(widths) if length is None else length
+    longest = length if longest is None else min(longest, length)
     if max(widths) > length:
         raise ValueError(f"a row of {max(widths)} tokens does not fit length={length}")
+    if max(map(max, sizes)) > longest:
+        raise ValueError(f"an example of {max(map(max, sizes))} tokens is longer than longest={longest}")
     ids: list[int] = []
     labels: list[int] = []
     owners: list[int] = []
@@ -76,16 +99,18 @@ def collate(
         for index in row:
             ids += dataset[index]["input_ids"]
             labels += dataset[index]["labels"]
-            owners.append(index)
-            lengths.append(len(dataset[index]["input_ids"]))
         ids += [pad_id] * (length - width)
         labels += [IGNORE] * (length - width)
-        owners.append(PADDING)
-        lengths.append(length - width)
-    return _batch(*map(torch.tensor, (ids, labels, owners, lengths)), shape=(len(rows), length))
+        padding = [min(longest, length - start) for start in range(width, length, longest)]
+        owners += [*row, *[PADDING] * len(padding)]
+        lengths += [*(len(dataset[index]["input_ids"]) for index in row), *padding]
+    tensors = map(torch.tensor, (ids, labels, owners, lengths))
+    return _batch(*tensors, shape=(len(rows), length), longest=longest)
 
 
-def _batch(ids_N: Tensor, labels_N: Tensor, owners_S: Tensor, lengths_S: Tensor, *, shape: tuple[int, int]) -> Batch:
+def _batch(
+    ids_N: Tensor, labels_N: Tensor, owners_S: Tensor, lengths_S: Tensor, *, shape: tuple[int, int], longest: int
+) -> Batch:
     """A batch of N = B * T tokens in S sequences, padding among them."""
     example_ids_N = owners_S.repeat_interleave(lengths_S)
     starts_N = (lengths_S.cumsum(0) - lengths_S).repeat_interleave(lengths_S)
@@ -97,7 +122,13 @@ def _batch(ids_N: Tensor, labels_N: Tensor, owners_S: Tensor, lengths_S: Tensor,
         "example_ids": example_ids_N.view(shape),
         "lengths": F.pad(lengths_S, (0, -len(lengths_S) % ROUND_SEQUENCES)),
         "predictors": (labels_N[1:] != IGNORE).nonzero().flatten(),
+        "longest": longest,
     }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)}
+    return cast(Batch, {**batch, **moved})
 
 
 def token_mask(batch: Batch) -> Tensor:

@@ -113,8 +113,8 @@ class GraphedBody:
     """:func:`upit.forward.body_states` for training steps, by CUDA graphs.
 
     They are captured at the first batch, which takes three passes more; from then on the memory of a pass is theirs,
-    and what needs a gradient is settled. A batch of another shape, or of more than ``SPARE`` times as many sequences,
-    goes the usual way.
+    and what needs a gradient is settled. A batch of another shape, of longer sequences, or of more than ``SPARE``
+    times as many, goes the usual way.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,8 @@ class GraphedBody:
             except RuntimeError as error:
                 kind = model.config.model_type
                 raise RuntimeError(f"a {kind} can't be captured as CUDA graphs; set cuda_graphs=false") from error
-        if batch["input_ids"].shape != self._shape or len(batch["lengths"]) > self._sequences:
+        fits = len(batch["lengths"]) <= self._sequences and batch["longest"] <= self._longest
+        if batch["input_ids"].shape != self._shape or not fits:
             return body_states(model, batch)
         states_BTH, *routing = self._graphs(*self._inputs(model, batch))
         self._keep(routing)
@@ -146,11 +147,12 @@ class GraphedBody:
 
     def _inputs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         lengths_S = F.pad(batch["lengths"], (0, self._sequences - len(batch["lengths"])))
-        mask = attention_mask(model, {**batch, "lengths": lengths_S})
+        mask = attention_mask(model, {**batch, "lengths": lengths_S, "longest": self._longest})
         return batch["input_ids"], batch["position_ids"], mask
 
     def _capture(self, model: PreTrainedModel, batch: Batch) -> _Graphs:
-        self._shape, self._sequences = batch["input_ids"].shape, SPARE * len(batch["lengths"])
+        self._shape, self._longest = batch["input_ids"].shape, batch["longest"]
+        self._sequences = SPARE * len(batch["lengths"])
         self._routers = moe_routers(model) if model.config.model_type in MOE_TYPES else []
         nothing = [None, None] * len(self._routers)  # what they said holds an autograd graph, and that a stream
         self._keep(nothing)

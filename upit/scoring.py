@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upit.ahead import ahead
 from upit.distributed import all_sum, broadcast, own_share, rank
-from upit.examples import Batch, Example, collate, length_grouped
+from upit.examples import Batch, Example, collate, length_grouped, to_device
 from upit.families import is_expert, within_layer
 from upit.files import read_json, seeded, write_json
 from upit.forward import ffn_inputs_of, response_losses, response_states
@@ -164,10 +164,6 @@ def ffn_inputs_by_example(
             response_states(dense, batch)
         for row, index in enumerate(group if counts else []):
             yield index, torch.stack([h_BTH[row, : lengths[index]] for h_BTH in inputs])
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @dataclass

@@ -17,14 +17,14 @@ SHAPE = {
 
 
 def test_ends_are_of_the_lengths_before():
-    ends = sequence_ends(torch.tensor([3, 0, 5]))
-    assert (ends.shape, ends.dtype) == ((1, 1, 1, 4), torch.int32)
-    assert ends.flatten().tolist() == [0, 3, 3, 8]
+    ends = sequence_ends(torch.tensor([3, 0, 5]), 6)
+    assert (ends.shape, ends.dtype) == ((1, 1, 6, 4), torch.int32)
+    assert ends[0, 0, 0].tolist() == [0, 3, 3, 8]
 
 
 def test_batches_of_other_numbers_of_sequences_compile_nothing_anew(monkeypatch):
-    def varlen(query, key, value, ends, *_, **__):  # FlashAttention runs on GPUs alone
-        return query + ends.shape[0]
+    def varlen(query, key, value, ends, _, longest, *__, **___):  # FlashAttention runs on GPUs alone
+        return query + ends.shape[0] + longest
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     torch._dynamo.reset()
@@ -35,5 +35,6 @@ def test_batches_of_other_numbers_of_sequences_compile_nothing_anew(monkeypatch)
     batch = {"input_ids": torch.zeros(2, 8, dtype=torch.int64), "position_ids": torch.arange(8).repeat(2, 1)}
     with torch.compiler.set_stance("default"):
         for count in (64, 128, 192):
-            model.model(**batch, attention_mask=sequence_ends(torch.ones(count, dtype=torch.int64)), use_cache=False)
+            ends = sequence_ends(torch.ones(count, dtype=torch.int64), 8)
+            model.model(**batch, attention_mask=ends, use_cache=False)
     assert counters["stats"]["unique_graphs"] == before + 1

@@ -15,7 +15,7 @@ def test_packed_and_padded_rows_hold_the_examples_as_they_are():
     lengths = [used[0], used[1], 40 - used[0] - used[1], used[2], 40 - used[2]]
     assert batch["lengths"].tolist() == lengths + [0] * (ROUND_SEQUENCES - len(lengths))
     assert torch.equal(batch["predictors"] + 1, (batch["labels"].flatten() != IGNORE).nonzero().flatten())
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert {value.dtype for value in batch.values() if isinstance(value, torch.Tensor)} == {torch.int64}
     for row, index in ((0, 0), (0, 3), (1, 4)):
         own = batch["example_ids"][row] == index
         assert batch["input_ids"][row][own].tolist() == EXAMPLES[index]["input_ids"]
@@ -32,6 +32,19 @@ def test_a_row_is_as_long_as_the_longest_unless_told():
     assert collate([[i] for i in range(5)], EXAMPLES, pad_id=0)["input_ids"].shape == (5, max(lengths))
     with pytest.raises(ValueError, match=f"a row of {lengths[0]} tokens does not fit length=2"):
         collate([[0]], EXAMPLES, pad_id=0, length=2)
+
+
+def test_padding_is_cut_into_sequences_no_longer_than_the_longest():
+    used = len(EXAMPLES[0]["input_ids"])
+    whole = collate([[0], [0]], EXAMPLES, pad_id=63, length=3 * used + 1)
+    cut = collate([[0], [0]], EXAMPLES, pad_id=63, length=3 * used + 1, longest=used)
+    assert (whole.pop("longest"), cut.pop("longest")) == (3 * used + 1, used)
+    assert whole.pop("lengths")[:5].tolist() == [used, 2 * used + 1, used, 2 * used + 1, 0]
+    assert cut.pop("lengths")[:9].tolist() == [used, used, used, 1, used, used, used, 1, 0]
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    assert collate([[0]], EXAMPLES, pad_id=63, longest=used + 9)["longest"] == used
+    with pytest.raises(ValueError, match=f"an example of {used} tokens is longer than longest={used - 1}"):
+        collate([[0]], EXAMPLES, pad_id=63, longest=used - 1)
 
 
 def test_no_query_is_without_a_key():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from upit.examples import collate
+from upit.examples import collate, to_device
 from upit.families import moe_config
 from upit.forward import body_states, response_loss
 from upit.graphs import GraphedBody, _Graphs, check_capturable
@@ -54,7 +54,7 @@ def batch_of(rows, seed, device, length=128):
     dataset = [{"input_ids": torch.randint(3, 90, (n,)).tolist(), "labels": [-100] * 2 + [5] * (n - 2)} for n in sizes]
     ids = iter(range(len(dataset)))
     layout = [[next(ids) for _ in range(count)] for count in rows]
-    return {k: v.to(device) for k, v in collate(layout, dataset, pad_id=0, length=length).items()}
+    return to_device(collate(layout, dataset, pad_id=0, length=length, longest=60), torch.device(device))
 
 
 def steps(model, batches, body):
@@ -112,6 +112,9 @@ def test_batches_that_do_not_fit_go_the_usual_way(device, monkeypatch):
     many["lengths"] = torch.nn.functional.pad(many["lengths"], (0, 64))
     body(model, many)
     assert len(usual) == 2
+    longer = batch_of([2, 2], 1, device) | {"longest": 61}
+    body(model, longer)
+    assert len(usual) == 3
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig
 
-from upit.examples import collate
+from upit.examples import collate, to_device
 from upit.experts import has_quack, plain_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -159,7 +159,7 @@ def test_packed_attention_equals_the_dense_mask(rows):
     model = build(config).cuda()
     losses, grads = [], []
     for dtype in (torch.float32, torch.bfloat16):  # the dense mask, then FlashAttention
-        batch = {k: v.cuda() for k, v in collate(rows, dataset, pad_id=0, length=128).items()}
+        batch = to_device(collate(rows, dataset, pad_id=0, length=256, longest=77), torch.device("cuda"))
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss_L = response_losses(model, batch)[0]
         model.zero_grad()

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
-from upit.examples import IGNORE, PADDING, Example, collate
+from upit.examples import IGNORE, PADDING, Batch, Example, collate, to_device
 from upit.families import is_expert
 from upit.files import digest
 from upit.forward import ffn_inputs_of, response_losses
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_experts, to_device, write_ffn
+from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_experts, write_ffn
 from upit.sharding import average_gradients
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def optimise_routing_vectors(
 
 
 def _joint_loss(
-    dense: PreTrainedModel, batch: dict[str, Tensor], vectors_DH: Tensor, *, alpha: float, autocast: Autocast
+    dense: PreTrainedModel, batch: Batch, vectors_DH: Tensor, *, alpha: float, autocast: Autocast
 ) -> Tensor:
     """``L`` of an expert that trains along with its vectors; its mean over the ranks is that of all their tokens."""
     mask_BT = batch["example_ids"] != PADDING
@@ -215,7 +215,7 @@ def _joint_loss(
     return alpha * losses_L.sum() / share[1] + (1 - alpha) * auxiliary
 
 
-def _rank_rows(indices: Sequence[int], dataset: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+def _rank_rows(indices: Sequence[int], dataset: Sequence[Example], pad_id: int) -> Batch:
     """This rank's rows of a batch; the rows repeated to keep the ranks in step are fully masked."""
     share = own_share(indices)
     batch = collate([[index] for index, _ in share], dataset, pad_id=pad_id)
