@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from upit.examples import Batch, block_causal_mask
@@ -66,14 +66,16 @@ def packed_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     batch, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    rows = [
+
+    def rows_of(states: Tensor) -> Tensor:
+        """(B * T, heads, D); a key-value head is there once for each of its queries' heads."""
         # under autocast the rotation leaves queries and keys in float32
-        tensor.to(value.dtype).transpose(1, 2).reshape(batch * length, heads, width)
-        for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    ]
+        rows = states.transpose(1, 2).to(value.dtype).flatten(0, 1)
+        return rows.unsqueeze(2).expand(-1, -1, heads // rows.shape[1], -1).flatten(1, 2)
+
     longest, ends = attention_mask.shape[2], attention_mask[0, 0, 0]
-    out: Any = varlen_attn(rows[0], rows[1], rows[2], ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
+    rows = rows_of(query), rows_of(key), rows_of(value)
+    out: Any = varlen_attn(*rows, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
     return out.view(batch, length, heads, width), None
 
 

@@ -161,12 +161,11 @@ class GraphedBody:
         def run(input_ids_BT: Tensor, position_ids_BT: Tensor, mask: Tensor) -> list[Tensor]:
             output = body(input_ids=input_ids_BT, position_ids=position_ids_BT, attention_mask=mask, use_cache=False)
             said = [(router.last_logits, router.last_experts) for router in self._routers]
+            self._keep(nothing)  # else the next pass, on another stream, finds nodes of this one's autograd graph
             return [output.last_hidden_state, *(tensor for pair in said for tensor in pair)]
 
         params = [param for param in body.parameters() if param.requires_grad]
         # a cast that autocast has cached would be missing from the graphs
         autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
         with autocast, launched_by_graphs(model) if self._routers else nullcontext():
-            graphs = _Graphs(run, self._inputs(model, batch), params)
-        self._keep(nothing)
-        return graphs
+            return _Graphs(run, self._inputs(model, batch), params)

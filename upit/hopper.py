@@ -17,7 +17,8 @@ from quack.gemm_interface import gemm_dgated, gemm_gated, gemm_tuned
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from upit.kernels import differentiable, sort_by_expert, sum_by_token
+from upit.gpu import meanwhile
+from upit.kernels import combine, differentiable, sort_by_expert, sum_by_token
 
 
 class Tiles(NamedTuple):
@@ -44,7 +45,7 @@ def _tile(rows: int, columns: int, blocks: int = 1, *, uneven: bool = False) -> 
 # The fastest of those tried at 576 x 1536, and at 2048 x 5632 and 4096 x 11008 (docs/performance.md). Fixed, since a
 # search would synchronise, which the capture of a CUDA graph forbids; constants, since QuACK knows a tile by identity.
 NARROW_TILES = Tiles(
-    gate_and_up=_tile(128, 192),
+    gate_and_up=_tile(128, 192, 2),
     down=_tile(128, 192, 2),
     down_input=_tile(128, 128),
     down_weight=_tile(128, 256, uneven=True),
@@ -90,14 +91,11 @@ def down_input_gradient(
 
 
 def down_weight_gradient(
-    grad_TH: Tensor, hidden_NI: Tensor, tokens_N: Tensor, bounds_F: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """(E, H, I)."""
-    hidden = grad_TH.shape[1]
-    grad_EHI = hidden_NI.new_empty(len(bounds_F) - 1, hidden, hidden_NI.shape[1], dtype=dtype)
+    grad_TH: Tensor, hidden_NI: Tensor, tokens_N: Tensor, bounds_F: Tensor, grad_EHI: Tensor
+) -> None:
+    """Written to ``grad_EHI``."""
     given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N}
-    gemm_tuned.fn(grad_TH.T, hidden_NI, grad_EHI, config=tiles(hidden).down_weight, **given)
-    return grad_EHI
+    gemm_tuned.fn(grad_TH.T, hidden_NI, grad_EHI, config=tiles(grad_TH.shape[1]).down_weight, **given)
 
 
 def gate_and_up_input_gradient(grad_NJ: Tensor, gate_up_EJH: Tensor, bounds_F: Tensor) -> Tensor:
@@ -110,14 +108,11 @@ def gate_and_up_input_gradient(grad_NJ: Tensor, gate_up_EJH: Tensor, bounds_F: T
 
 
 def gate_and_up_weight_gradient(
-    x_TH: Tensor, grad_NJ: Tensor, tokens_N: Tensor, bounds_F: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """(E, J, H), gate first. Worked out transposed: only the left operand can be gathered."""
-    hidden = x_TH.shape[1]
-    grad_EJH = grad_NJ.new_empty(len(bounds_F) - 1, grad_NJ.shape[1], hidden, dtype=dtype)
+    x_TH: Tensor, grad_NJ: Tensor, tokens_N: Tensor, bounds_F: Tensor, grad_EJH: Tensor
+) -> None:
+    """Written to ``grad_EJH``, gate first. Worked out transposed: only the left operand can be gathered."""
     given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N, "concat_layout": ("out",)}
-    gemm_tuned.fn(x_TH.T, grad_NJ, grad_EJH.mT, config=tiles(hidden).gate_and_up_weight, **given)
-    return grad_EJH
+    gemm_tuned.fn(x_TH.T, grad_NJ, grad_EJH.mT, config=tiles(x_TH.shape[1]).gate_and_up_weight, **given)
 
 
 @custom_op("upit::hopper_products", mutates_args=())
@@ -147,13 +142,19 @@ def _gradients(
     bounds_F: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of each row's token (N, H), of both parameters in ``dtype``, and (float32) of ``weights_N``."""
+    """Gradients of each row's token (N, H), of both parameters in ``dtype``, and (float32) of ``weights_N``.
+
+    Those of the parameters meanwhile: with few or many tokens an expert, some blocks of threads end early.
+    """
     grad_NJ, hidden_NI, grad_weights_N = down_input_gradient(
         grad_TH, down_EHI, gate_up_NJ, weights_N, tokens_N, bounds_F
     )
-    grad_down_EHI = down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, dtype)
+    grad_gate_up_EJH, grad_down_EHI = (torch.empty_like(param, dtype=dtype) for param in (gate_up_EJH, down_EHI))
+    with meanwhile(x_TH.device) as join:
+        down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, grad_down_EHI)
+        gate_and_up_weight_gradient(x_TH, grad_NJ, tokens_N, bounds_F, grad_gate_up_EJH)
     grad_x_NH = gate_and_up_input_gradient(grad_NJ, gate_up_EJH, bounds_F)
-    grad_gate_up_EJH = gate_and_up_weight_gradient(x_TH, grad_NJ, tokens_N, bounds_F, dtype)
+    join()
     return grad_x_NH, grad_gate_up_EJH, grad_down_EHI, grad_weights_N
 
 
@@ -178,7 +179,7 @@ def _forward(
     order_N, tokens_N, inverse_N, bounds_F = sort_by_expert(expert_ids_TK, len(gate_up_EJH))
     given = x_TH.contiguous(), gate_up_EJH.contiguous(), down_EHI.contiguous()
     gate_up_NJ, out_NH = _products(*given, tokens_N, bounds_F)
-    out_TH = sum_by_token(out_NH, inverse_N, expert_ids_TK.shape[1], weights_TK)
+    out_TH = combine(out_NH, inverse_N, expert_ids_TK.shape[1], weights_TK)
     return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F
 
 

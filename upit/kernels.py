@@ -143,6 +143,18 @@ def sum_by_token(source_NH: Tensor, inverse_N: Tensor, top_k: int, weights_TK: T
     return out_TH
 
 
+def combine(source_NH: Tensor, inverse_N: Tensor, top_k: int, weights_TK: Tensor | None = None) -> Tensor:
+    """:func:`sum_by_token` in a forward pass: in plain torch for the compiler, which fuses it with the residual's sum.
+
+    Not in a backward pass, where it would become a part of the norm's gradient and slow that down.
+    """
+    if type(source_NH) is Tensor:
+        return sum_by_token(source_NH, inverse_N, top_k, weights_TK)
+    rows_TKH = source_NH[inverse_N.view(-1, top_k)].float()
+    weighted_TKH = rows_TKH if weights_TK is None else rows_TKH * weights_TK.float().unsqueeze(-1)
+    return weighted_TKH.sum(1).to(source_NH.dtype)
+
+
 @triton.jit
 def _swiglu(gate_up, weights, order, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -261,7 +273,7 @@ def _forward(
     gate_up_NJ = F.grouped_mm(x_NH, gate_up_EJH.transpose(1, 2), offs=bounds_F[1:])
     hidden_NI = weighted_swiglu(gate_up_NJ, weights_TK.contiguous(), order_N)
     out_NH = F.grouped_mm(hidden_NI, down_EHI.transpose(1, 2), offs=bounds_F[1:])
-    out_TH = sum_by_token(out_NH, inverse_N, expert_ids_TK.shape[1])
+    out_TH = combine(out_NH, inverse_N, expert_ids_TK.shape[1])
     return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F
 
 

@@ -66,16 +66,19 @@ def route(router: nn.Module, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if stock.top_k > FEW or not torch.compiler.is_compiling():
         return stock.stock_forward(states)
     logits_TE = F.linear(states.reshape(-1, stock.hidden_dim), stock.weight)
-    weights_TK, experts_TK = few_largest(logits_TE.softmax(-1, dtype=torch.float32), stock.top_k)
-    if getattr(stock, "norm_topk_prob", True):
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    weights_TK, experts_TK = few_largest(probs_TE, stock.top_k, normalize=getattr(stock, "norm_topk_prob", True))
     # Mixtral's, which always normalises, leaves them in float32
     dtype = logits_TE.dtype if hasattr(stock, "norm_topk_prob") else torch.float32
     return logits_TE, weights_TK.to(dtype), experts_TK
 
 
-def few_largest(probs_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``probs_TE.topk(k)`` of positive numbers by ``k`` passes over each row, which fuse with what comes before."""
+def few_largest(probs_TE: Tensor, k: int, *, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """``probs_TE.topk(k)`` of positive numbers by ``k`` passes over each row, which fuse with what comes before.
+
+    Args:
+        normalize: divide the values by their sum; here, since before they are put together that fuses too.
+    """
     every_E = torch.arange(probs_TE.shape[1], device=probs_TE.device)
     left_TE, values, indices = probs_TE.detach(), [], []
     for _ in range(k):
@@ -84,4 +87,7 @@ def few_largest(probs_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values.append((probs_TE * hit_TE).sum(-1, keepdim=True))
         indices.append(index_T1)
         left_TE = left_TE.masked_fill(hit_TE, -1.0)
+    if normalize:
+        total_T1 = torch.stack(values).sum(0)
+        values = [value_T1 / total_T1 for value_T1 in values]
     return torch.cat(values, -1), torch.cat(indices, -1)
