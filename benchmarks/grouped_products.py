@@ -50,14 +50,13 @@ def quack_products(hidden: int, inner: int, experts: int, tokens: int, ends_E: t
     tokens_N = torch.cat([torch.randint(tokens, (size,), device="cuda").sort().values for size in sizes]).int()
     weights_N, bounds_F = torch.rand(rows, device="cuda"), F.pad(ends_E, (1, 0))
     up_NJ, hidden_NI = hopper.gate_and_up(x_TH, up_EJH, tokens_N, bounds_F)
-    grad_EJH, grad_EHI = torch.empty_like(up_EJH), torch.empty_like(down_EHI)
     return [
         lambda: hopper.gate_and_up(x_TH, up_EJH, tokens_N, bounds_F),
         lambda: hopper.down(hidden_NI, down_EHI, bounds_F),
         lambda: hopper.down_input_gradient(grad_TH, down_EHI, up_NJ, weights_N, tokens_N, bounds_F),
-        lambda: hopper.down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, grad_EHI),
+        lambda: hopper.down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, torch.bfloat16),
         lambda: hopper.gate_and_up_input_gradient(up_NJ, up_EJH, bounds_F),
-        lambda: hopper.gate_and_up_weight_gradient(x_TH, up_NJ, tokens_N, bounds_F, grad_EJH),
+        lambda: hopper.gate_and_up_weight_gradient(x_TH, up_NJ, tokens_N, bounds_F, torch.bfloat16),
     ]
 
 

@@ -35,7 +35,7 @@ class AdamW(torch.optim.AdamW):
         """
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        self.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        self.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)  # float32 is all that fused steps take
         return norm
 
 

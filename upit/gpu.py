@@ -24,27 +24,8 @@ def beside(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-@contextmanager
-def meanwhile(device: torch.device) -> Iterator[Callable[[], None]]:
-    """On a GPU, what is done within begins when all before is done, and may run together with what comes after.
-
-    Results must be allocated before: memory taken within belongs to another stream.
-
-    Yields: what lets all that comes after its call wait for it.
-    """
-    here, aside = torch.cuda.current_stream(device), _stream_aside(device)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        yield lambda: here.wait_stream(aside)
-
-
 @lru_cache
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@lru_cache
-def _stream_aside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

@@ -17,7 +17,6 @@ from quack.gemm_interface import gemm_dgated, gemm_gated, gemm_tuned
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from upit.gpu import meanwhile
 from upit.kernels import combine, differentiable, sort_by_expert, sum_by_token
 
 
@@ -91,11 +90,14 @@ def down_input_gradient(
 
 
 def down_weight_gradient(
-    grad_TH: Tensor, hidden_NI: Tensor, tokens_N: Tensor, bounds_F: Tensor, grad_EHI: Tensor
-) -> None:
-    """Written to ``grad_EHI``."""
+    grad_TH: Tensor, hidden_NI: Tensor, tokens_N: Tensor, bounds_F: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(E, H, I)."""
+    hidden = grad_TH.shape[1]
+    grad_EHI = hidden_NI.new_empty(len(bounds_F) - 1, hidden, hidden_NI.shape[1], dtype=dtype)
     given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N}
-    gemm_tuned.fn(grad_TH.T, hidden_NI, grad_EHI, config=tiles(grad_TH.shape[1]).down_weight, **given)
+    gemm_tuned.fn(grad_TH.T, hidden_NI, grad_EHI, config=tiles(hidden).down_weight, **given)
+    return grad_EHI
 
 
 def gate_and_up_input_gradient(grad_NJ: Tensor, gate_up_EJH: Tensor, bounds_F: Tensor) -> Tensor:
@@ -108,11 +110,14 @@ def gate_and_up_input_gradient(grad_NJ: Tensor, gate_up_EJH: Tensor, bounds_F: T
 
 
 def gate_and_up_weight_gradient(
-    x_TH: Tensor, grad_NJ: Tensor, tokens_N: Tensor, bounds_F: Tensor, grad_EJH: Tensor
-) -> None:
-    """Written to ``grad_EJH``, gate first. Worked out transposed: only the left operand can be gathered."""
+    x_TH: Tensor, grad_NJ: Tensor, tokens_N: Tensor, bounds_F: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(E, J, H), gate first. Worked out transposed: only the left operand can be gathered."""
+    hidden = x_TH.shape[1]
+    grad_EJH = grad_NJ.new_empty(len(bounds_F) - 1, grad_NJ.shape[1], hidden, dtype=dtype)
     given = {"cu_seqlens_k": bounds_F, "A_idx": tokens_N, "concat_layout": ("out",)}
-    gemm_tuned.fn(x_TH.T, grad_NJ, grad_EJH.mT, config=tiles(x_TH.shape[1]).gate_and_up_weight, **given)
+    gemm_tuned.fn(x_TH.T, grad_NJ, grad_EJH.mT, config=tiles(hidden).gate_and_up_weight, **given)
+    return grad_EJH
 
 
 @custom_op("upit::hopper_products", mutates_args=())
@@ -142,19 +147,13 @@ def _gradients(
     bounds_F: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of each row's token (N, H), of both parameters in ``dtype``, and (float32) of ``weights_N``.
-
-    Those of the parameters meanwhile: with few or many tokens an expert, some blocks of threads end early.
-    """
+    """Gradients of each row's token (N, H), of both parameters in ``dtype``, and (float32) of ``weights_N``."""
     grad_NJ, hidden_NI, grad_weights_N = down_input_gradient(
         grad_TH, down_EHI, gate_up_NJ, weights_N, tokens_N, bounds_F
     )
-    grad_gate_up_EJH, grad_down_EHI = (torch.empty_like(param, dtype=dtype) for param in (gate_up_EJH, down_EHI))
-    with meanwhile(x_TH.device) as join:
-        down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, grad_down_EHI)
-        gate_and_up_weight_gradient(x_TH, grad_NJ, tokens_N, bounds_F, grad_gate_up_EJH)
+    grad_down_EHI = down_weight_gradient(grad_TH, hidden_NI, tokens_N, bounds_F, dtype)
     grad_x_NH = gate_and_up_input_gradient(grad_NJ, gate_up_EJH, bounds_F)
-    join()
+    grad_gate_up_EJH = gate_and_up_weight_gradient(x_TH, grad_NJ, tokens_N, bounds_F, dtype)
     return grad_x_NH, grad_gate_up_EJH, grad_down_EHI, grad_weights_N
 
 
