@@ -17,7 +17,11 @@ from quack.gemm_interface import gemm_dgated, gemm_gated, gemm_tuned
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
+from upit import kernels
+from upit.gpu import op_name
 from upit.kernels import combine, differentiable, sort_by_expert, sum_by_token
+
+SOURCES = __file__, kernels.__file__
 
 
 class Tiles(NamedTuple):
@@ -164,7 +168,7 @@ def _(grad_TH, x_TH, gate_up_EJH, down_EHI, gate_up_NJ, weights_N, tokens_N, bou
     return grad_x_NH, *grads, torch.empty_like(weights_N)
 
 
-@triton_op("upit::hopper_experts", mutates_args={})
+@triton_op(op_name("hopper_experts", *SOURCES), mutates_args={})
 def _forward(
     x_TH: Tensor,
     gate_up_EJH: Tensor,
@@ -182,7 +186,7 @@ def _forward(
     return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F
 
 
-@triton_op("upit::hopper_experts_backward", mutates_args={})
+@triton_op(op_name("hopper_experts_backward", *SOURCES), mutates_args={})
 def _backward(
     grad_TH: Tensor,
     x_TH: Tensor,

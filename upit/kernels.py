@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from upit.gpu import op_name
+
 ASSIGNMENTS = 256  # of one program when they are put in order
 
 
@@ -252,7 +254,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_TH, gate_up_EJH, down_EHI, weights_TK, *output[1:])
 
 
-@triton_op("upit::experts", mutates_args={})
+@triton_op(op_name("experts", __file__), mutates_args={})
 def _forward(
     x_TH: Tensor,
     gate_up_EJH: Tensor,
@@ -277,7 +279,7 @@ def _forward(
     return out_TH, gate_up_NJ, order_N, tokens_N, inverse_N, bounds_F
 
 
-@triton_op("upit::experts_backward", mutates_args={})
+@triton_op(op_name("experts_backward", __file__), mutates_args={})
 def _backward(
     grad_TH: Tensor,
     x_TH: Tensor,

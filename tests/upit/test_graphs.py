@@ -11,7 +11,7 @@ from upit.families import moe_config
 from upit.forward import body_states, response_loss
 from upit.graphs import GraphedBody, _Graphs, check_capturable
 from upit.models import build
-from upit.routers import last_routing
+from upit.routers import last_routing, moe_routers
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FIELDS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96}
@@ -75,6 +75,24 @@ def steps(model, batches, body):
     return torch.tensor(seen)
 
 
+def test_a_pass_of_the_capture_leaves_no_autograd_graph_to_the_next(monkeypatch):
+    """Its nodes would tie the next, on another stream, to this one's."""
+    model = build(moe_config(DENSE, num_experts=4, top_k=2)).train()
+    left = []
+
+    class Watched(HeldGraphs):
+        def __init__(self, function, inputs, params):
+            function(*inputs)
+            left.extend(router.last_logits for router in moe_routers(model))
+            super().__init__(function, inputs, params)
+
+    monkeypatch.setattr("upit.graphs._Graphs", Watched)
+    GraphedBody()(model, batch_of([2, 2], 0, "cpu"))
+    assert left == [None, None]
+    assert last_routing(model)[0].shape == (2, 256, 4)
+
+
+@pytest.mark.filterwarnings("error:.*AccumulateGrad")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("config", [DENSE, moe_config(DENSE, num_experts=4, top_k=2)], ids=["dense", "moe"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.gpu)])
