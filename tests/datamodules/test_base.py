@@ -52,6 +52,15 @@ def test_packed_rows_are_full_length_and_hold_several_examples(make_loaded):
     assert max(len(indices(batch)) for batch in batches) > 2
 
 
+def test_every_packed_batch_says_how_long_the_longest_example_of_all_is(make_loaded):
+    data = make_loaded(packing=True)
+    longest = max(len(example["input_ids"]) for example in data.train_set)
+    assert longest < data.max_length
+    batches = list(data.train_dataloader())
+    assert {batch["longest"] for batch in batches} == {longest}
+    assert max(int(batch["lengths"].max()) for batch in batches) <= longest
+
+
 def test_attention_never_crosses_examples(make_loaded):
     batch = next(iter(make_loaded().train_dataloader()))
     may_see = block_causal_mask(batch)[:, 0]
