@@ -163,6 +163,7 @@ class ConversationDataModule(L.LightningDataModule):
                     f"max_length={self.max_length}: cut; {counts['dropped']} have no response (left): dropped",
                     stacklevel=2,
                 )
+        self.longest_example = max(len(row["input_ids"]) for row in self.train_set)  # one for all batches
         self.rows = self._training_rows()
 
     def _of_domains(self, rows: list, domains: list[str]) -> list:
@@ -174,7 +175,6 @@ class ConversationDataModule(L.LightningDataModule):
     def _training_rows(self) -> list:
         """Packed rows, or whole batches when grouped by length: what the sampler draws."""
         lengths = [len(row["input_ids"]) for row in self.train_set]
-        self.longest = max(lengths)
         if self.packing:
             return pack(lengths, capacity=self.max_length, seed=self.seed)
         return group_by_length(lengths, batch_size=self.batch_size, seed=self.seed)
@@ -222,7 +222,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     def _collate_packed(self, rows: list[list[int]]) -> Batch:
         pad_id = self.tokenizer.pad_token_id
-        return collate(rows, self.train_set, pad_id=pad_id, length=self.max_length, longest=self.longest)
+        return collate(rows, self.train_set, pad_id=pad_id, length=self.max_length, longest=self.longest_example)
 
     def _collate_grouped(self, batch: list[int]) -> Batch:
         world, rank = self._world

@@ -31,7 +31,7 @@ def packed_mask(batch: Batch, dtype: torch.dtype, *, window: int | None = None) 
         dtype: of queries and keys.
         window: tokens that a token may see, where the model has a sliding window; takes the dense mask.
     Returns: where FlashAttention can run, int32 (1, 1, W, S + 1): the ends of the batch's sequences, row after row,
-        the first 0, W times over (no copies), of which none is longer than W; else the dense mask of
+        the first 0, as a view repeated W times; no sequence is longer than W. Else the dense mask of
         :func:`upit.examples.block_causal_mask`.
     """
     lengths_S = batch["lengths"]

@@ -11,7 +11,8 @@ Shapes: ``B`` rows, ``T`` tokens a row. A batch is a dict of int64 tensors, (B, 
 - ``lengths``: (S,), tokens of each sequence: the examples of the first row, then its padding, which is cut into
   sequences too, and so on; zeros up to a round S.
 - ``predictors``: (L,), where in the flattened batch a token predicts a response token.
-- ``longest``: int, no sequence is longer. Attention's kernels are launched for sequences of this length.
+- ``longest``: int, no sequence is longer. Attention's kernels are launched for sequences of this length; the same for
+  all batches, so that one compiled step serves them. T always holds.
 
 The last three follow from the others; they are worked out here, on the host, so that a training step need not wait for
 the device to learn a shape. S is round, so that compiled layers meet few shapes.
@@ -78,8 +79,7 @@ def collate(
         dataset: tokenised examples.
         pad_id: token written into padding.
         length: T; default the longest row.
-        longest: tokens of the longest example of all batches to come, so that one compiled step serves them all;
-            default T.
+        longest: tokens of the longest example of all batches, see the module's docstring; default T.
     Returns: a batch, see the module's docstring.
     Raises: ValueError: a row is longer than ``length``, or an example than ``longest``.
     """
@@ -89,13 +89,14 @@ def collate(
     longest = length if longest is None else min(longest, length)
     if max(widths) > length:
         raise ValueError(f"a row of {max(widths)} tokens does not fit length={length}")
-    if max(map(max, sizes)) > longest:
-        raise ValueError(f"an example of {max(map(max, sizes))} tokens is longer than longest={longest}")
+    largest = max((size for row in sizes for size in row), default=0)
+    if largest > longest:
+        raise ValueError(f"an example of {largest} tokens is longer than longest={longest}")
     ids: list[int] = []
     labels: list[int] = []
     owners: list[int] = []
     lengths: list[int] = []
-    for row, width in zip(rows, widths, strict=True):
+    for row, size, width in zip(rows, sizes, widths, strict=True):
         for index in row:
             ids += dataset[index]["input_ids"]
             labels += dataset[index]["labels"]
@@ -103,7 +104,7 @@ def collate(
         labels += [IGNORE] * (length - width)
         padding = [min(longest, length - start) for start in range(width, length, longest)]
         owners += [*row, *[PADDING] * len(padding)]
-        lengths += [*(len(dataset[index]["input_ids"]) for index in row), *padding]
+        lengths += [*size, *padding]
     tensors = map(torch.tensor, (ids, labels, owners, lengths))
     return _batch(*tensors, shape=(len(rows), length), longest=longest)
 
@@ -127,6 +128,7 @@ def _batch(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``, on their way there if they are pinned; its number stays."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)}
     return cast(Batch, {**batch, **moved})
 

@@ -1,26 +1,15 @@
-"""What is there of a GPU, copies from it that the host does not wait for, and names of ops."""
+"""What is there of a GPU, and copies from it that the host does not wait for."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
 HAS_TRITON = find_spec("triton") is not None
-
-
-def op_name(name: str, *sources: str) -> str:
-    """Name of an op that the compiler sees through, with a digest of the files that it is written in.
-
-    The caches of torch.compile know such an op by its name alone: after a change they would serve what it was before.
-    """
-    code = b"".join(Path(source).read_bytes() for source in sources)
-    return f"upit::{name}_{hashlib.sha256(code).hexdigest()[:8]}"
 
 
 @contextmanager

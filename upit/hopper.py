@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.library import custom_op, triton_op
 
 from upit import kernels
-from upit.gpu import op_name
 from upit.kernels import combine, differentiable, sort_by_expert, sum_by_token
+from upit.ops import op_name
 
-SOURCES = __file__, kernels.__file__
+SOURCES = __file__, kernels.__file__  # of the code that torch.compile sees in the ops below
 
 
 class Tiles(NamedTuple):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from upit.gpu import op_name
+from upit.ops import op_name
 
 ASSIGNMENTS = 256  # of one program when they are put in order
 

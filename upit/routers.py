@@ -77,7 +77,7 @@ def few_largest(probs_TE: Tensor, k: int, *, normalize: bool = False) -> tuple[T
     """``probs_TE.topk(k)`` of positive numbers by ``k`` passes over each row, which fuse with what comes before.
 
     Args:
-        normalize: divide the values by their sum; here, since before they are put together that fuses too.
+        normalize: divide the values by their sum; done here, before they are put together, so that it fuses.
     """
     every_E = torch.arange(probs_TE.shape[1], device=probs_TE.device)
     left_TE, values, indices = probs_TE.detach(), [], []

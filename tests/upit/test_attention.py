@@ -40,7 +40,13 @@ def one_by_one(query, key, value, ends, _, longest, *__, scale, window_size):
 
 
 def test_sequences_attend_as_the_dense_mask_says(monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
+    told = []
+
+    def varlen(query, key, value, ends, ends_again, longest, *args, **kwargs):
+        told.append(longest)
+        return one_by_one(query, key, value, ends, ends_again, longest, *args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     torch.manual_seed(0)
     batch = collate([[0, 1], [2]], make_examples(3), pad_id=0, length=60, longest=30)
     query, *key_value = (torch.randn(2, heads, 60, 8) for heads in (6, 2, 2))  # key-value heads of three queries each
@@ -50,6 +56,7 @@ def test_sequences_attend_as_the_dense_mask_says(monkeypatch):
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
     real = batch["example_ids"] != PADDING  # padding attends within its own pieces
     torch.testing.assert_close(found[real], expected[real])
+    assert told == [30]
 
 
 def test_batches_of_other_numbers_of_sequences_compile_nothing_anew(monkeypatch):
@@ -65,6 +72,6 @@ def test_batches_of_other_numbers_of_sequences_compile_nothing_anew(monkeypatch)
     batch = {"input_ids": torch.zeros(2, 8, dtype=torch.int64), "position_ids": torch.arange(8).repeat(2, 1)}
     with torch.compiler.set_stance("default"):
         for count in (64, 128, 192):
-            ends = sequence_ends(torch.ones(count, dtype=torch.int64), 8)
+            ends = sequence_ends(torch.ones(count, dtype=torch.int64), 5)
             model.model(**batch, attention_mask=ends, use_cache=False)
     assert counters["stats"]["unique_graphs"] == before + 1

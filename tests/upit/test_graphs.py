@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.upit.test_attention import one_by_one
+from upit.attention import sequence_ends
 from upit.examples import collate, to_device
 from upit.families import moe_config
 from upit.forward import body_states, response_loss
@@ -48,13 +50,13 @@ def held_on_cpus(monkeypatch):
         monkeypatch.setattr("upit.graphs._Graphs", HeldGraphs)
 
 
-def batch_of(rows, seed, device, length=128):
+def batch_of(rows, seed, device, length=128, longest=60):
     torch.manual_seed(seed)
-    sizes = torch.randint(3, 60, (sum(rows),)).tolist()
+    sizes = torch.randint(3, longest, (sum(rows),)).tolist()
     dataset = [{"input_ids": torch.randint(3, 90, (n,)).tolist(), "labels": [-100] * 2 + [5] * (n - 2)} for n in sizes]
     ids = iter(range(len(dataset)))
     layout = [[next(ids) for _ in range(count)] for count in rows]
-    return to_device(collate(layout, dataset, pad_id=0, length=length, longest=60), torch.device(device))
+    return to_device(collate(layout, dataset, pad_id=0, length=length, longest=longest), torch.device(device))
 
 
 def steps(model, batches, body):
@@ -92,6 +94,26 @@ def test_a_pass_of_the_capture_leaves_no_autograd_graph_to_the_next(monkeypatch)
     assert last_routing(model)[0].shape == (2, 256, 4)
 
 
+@pytest.fixture
+def warnings_each_time():
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+def test_graphs_for_longer_sequences_serve_shorter_ones(monkeypatch):
+    """As on a GPU, where the longest sequence is a part of what the graphs take."""
+    monkeypatch.setattr("upit.graphs._Graphs", HeldGraphs)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
+    ends = lambda batch, *_, **__: sequence_ends(batch["lengths"], batch["longest"])  # noqa: E731
+    monkeypatch.setattr("upit.attention.packed_mask", ends)
+    torch.manual_seed(0)
+    model = build(DENSE).train()
+    batches = [batch_of([2, 2], seed, "cpu", longest=longest) for seed, longest in enumerate([60, 45, 64, 60])]
+    torch.testing.assert_close(steps(model, batches, GraphedBody()), steps(model, batches, body_states))
+
+
+@pytest.mark.usefixtures("warnings_each_time")
 @pytest.mark.filterwarnings("error:.*AccumulateGrad")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("config", [DENSE, moe_config(DENSE, num_experts=4, top_k=2)], ids=["dense", "moe"])
@@ -104,10 +126,10 @@ def test_steps_are_those_without_graphs(device, config, compiled):
     if compiled:
         for layer in model.model.layers:
             layer.compile()
-    # as captured, other lengths, fewer rows, and more sequences than the graphs have room for
+    # as captured, other lengths, fewer rows, more sequences than the graphs have room for, and shorter and longer ones
     batches = [batch_of(rows, i, device) for i, rows in enumerate([[2, 2], [1, 2], [2], [2, 1], [1, 1], [2, 2]])]
     batches.append(batch_of([2] * 80, 9, device, length=120))
-    batches.append(batch_of([2, 2], 10, device))
+    batches += [batch_of([2, 2], 10 + i, device, longest=longest) for i, longest in enumerate([60, 40, 64])]
     plain = steps(model, batches, body_states)
     graphed = steps(model, batches, GraphedBody())
     assert torch.isfinite(plain).all()

@@ -144,6 +144,17 @@ def test_a_captured_graph_follows_another_routing(experts):
         assert relative(ours, reference) < BF16_ROUNDING
 
 
+def test_the_compiler_adds_up_a_token_s_experts_by_itself_in_the_forward_pass(experts):
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    given = inputs(256, 2, 4, 64, 96)
+    with torch.no_grad(), config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(torch.compile(experts), *given)
+    assert "_place" in "".join(codes)
+    assert "_sum_by_token" not in "".join(codes)
+
+
 @pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4]], [[0], [1], [2]]], ids=["packed", "padded"])
 def test_packed_attention_equals_the_dense_mask(rows):
     from upit.forward import response_losses
