@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -114,11 +115,12 @@ class GraphedBody:
 
     They are captured at the first batch, which takes three passes more; from then on the memory of a pass is theirs,
     and what needs a gradient is settled. A batch of another shape, of longer sequences, or of more than ``SPARE``
-    times as many, goes the usual way.
+    times as many, goes the usual way; the first such says so.
     """
 
     def __init__(self) -> None:
         self._graphs: _Graphs | None = None
+        self._warned = False
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Final hidden states, (B, T, H); the routers' ``last_logits`` and ``last_experts`` are those of this pass.
@@ -133,12 +135,24 @@ class GraphedBody:
             except RuntimeError as error:
                 kind = model.config.model_type
                 raise RuntimeError(f"a {kind} can't be captured as CUDA graphs; set cuda_graphs=false") from error
-        fits = len(batch["lengths"]) <= self._sequences and batch["longest"] <= self._longest
-        if batch["input_ids"].shape != self._shape or not fits:
+        if not self._fits(batch):
             return body_states(model, batch)
         states_BTH, *routing = self._graphs(*self._inputs(model, batch))
         self._keep(routing)
         return states_BTH
+
+    def _fits(self, batch: Batch) -> bool:
+        shape, sequences, longest = batch["input_ids"].shape, len(batch["lengths"]), batch["longest"]
+        fits = shape == self._shape and sequences <= self._sequences and longest <= self._longest
+        if not (fits or self._warned):
+            self._warned = True
+            warnings.warn(
+                f"a batch of {tuple(shape)} tokens in {sequences} sequences, the longest of {longest}, does not fit "
+                f"the CUDA graphs, captured for {tuple(self._shape)}, {self._sequences} and {self._longest}; such "
+                "steps are slower. If there are many, set cuda_graphs=false or let the first batch be like the others",
+                stacklevel=2,
+            )
+        return fits
 
     def _keep(self, routing: Sequence[Tensor | None]) -> None:
         """Let the routers have what they said last, logits and experts in turns."""

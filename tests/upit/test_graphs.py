@@ -136,6 +136,7 @@ def test_steps_are_those_without_graphs(device, config, compiled):
     torch.testing.assert_close(graphed, plain, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.filterwarnings("error:a batch of")
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches_that_do_not_fit_go_the_usual_way(device, monkeypatch):
     model = build(DENSE).to(device).train()
@@ -143,7 +144,9 @@ def test_batches_that_do_not_fit_go_the_usual_way(device, monkeypatch):
     monkeypatch.setattr("upit.graphs.body_states", lambda *args: usual.append(1) or body_states(*args))
     body(model, batch_of([2, 2], 0, device))
     assert not usual
-    body(model, batch_of([2], 0, device))  # another shape
+    said = r"\(1, 128\) tokens in 64 sequences, the longest of 60, .* \(2, 128\), 128 and 60"
+    with pytest.warns(UserWarning, match=said):
+        body(model, batch_of([2], 0, device))  # another shape
     assert len(usual) == 1
     many = batch_of([2, 2], 1, device)
     many["lengths"] = torch.nn.functional.pad(many["lengths"], (0, 64))
