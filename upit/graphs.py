@@ -149,7 +149,7 @@ class GraphedBody:
             warnings.warn(
                 f"a batch of {tuple(shape)} tokens in {sequences} sequences, the longest of {longest}, does not fit "
                 f"the CUDA graphs, captured for {tuple(self._shape)}, {self._sequences} and {self._longest}; such "
-                "steps are slower. If there are many, set cuda_graphs=false or let the first batch be like the others",
+                "steps are slower; if there are many, set cuda_graphs=false",
                 stacklevel=2,
             )
         return fits
