@@ -1,9 +1,11 @@
 """Tokens a second of ``upit fit`` in the MoE phase, against a dense model of the same active FLOPs and stock experts.
 
     python -m benchmarks.training_step [--variants dense dense+g upit+g stock] [--precision bf16-mixed] [--profile DIR]
+        [--validate]
 
 SmolLM2-135M's shape, 16 x 1024 packed tokens, fused AdamW, through the command line with configs/smollm2.yaml. Each
-variant is a process of its own; steps are timed between synchronisations, after a warm-up.
+variant is a process of its own; steps are timed between synchronisations, after a warm-up. With ``--validate`` every
+tenth step is followed by a validation, whose time does not count, but what it has compiled anew does.
 
 - ``dense``: FFN twice as wide, which is what 2 of 8 experts compute; compiled.
 - ``upit``: 8 experts, top-2, upcycled after a few dense steps as in the vanilla baseline; compiled.
@@ -46,6 +48,7 @@ class StepTimer(Callback):
     def __init__(self, file: str, first: int, timed: int, profile: str | None = None) -> None:
         self.file, self.first, self.timed, self.profile = file, first, timed, profile
         self.tokens = self.real = 0
+        self.validating = 0.0
         self.profiler: Any = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -53,7 +56,7 @@ class StepTimer(Callback):
         if step == self.first:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.recompiles = _recompiles()
+            self.recompiles, self.validating = _recompiles(), 0.0
             self.start = time.perf_counter()
         if self.first <= step < self.first + self.timed:
             self.tokens += batch["input_ids"].numel()
@@ -65,10 +68,18 @@ class StepTimer(Callback):
             self.python = cProfile.Profile()
             self.python.enable()
 
+    def on_validation_start(self, trainer, pl_module) -> None:
+        torch.cuda.synchronize()
+        self.validation = time.perf_counter()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        torch.cuda.synchronize()
+        self.validating += time.perf_counter() - self.validation
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.first + self.timed:
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.start
+            seconds = time.perf_counter() - self.start - self.validating
             figures = {
                 "tokens_per_second": self.tokens / seconds,
                 "step_ms": 1000 * seconds / self.timed,
@@ -115,7 +126,9 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
             "max_steps": first + TIMED + (10 if options.profile else 1),
             "max_epochs": 4,
             "precision": options.precision,
-            "limit_val_batches": 0,
+            "limit_val_batches": 2 if options.validate else 0,
+            "val_check_interval": 10,
+            "check_val_every_n_epoch": None,
             "enable_progress_bar": False,
             "callbacks": [{"class_path": "benchmarks.training_step.StepTimer", "init_args": timer}],
             "logger": False,
@@ -155,6 +168,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--profile", help="folder for a profile of three steps of each variant")
     parser.add_argument("--from-scratch", action="store_true", help="without the SmolLM2 weights and tokenizer")
+    parser.add_argument("--validate", action="store_true", help="every tenth step")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
