@@ -23,7 +23,7 @@ SMALL = {
     "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
 EXPERTS, ROUNDS = [4, 8, 16, 32, 64], 7
-SIZES = {"0.13": (576, 1536, 30), "0.36": (960, 2560, 32), "0.72": (1280, 3456, 36)}  # billion parameters, about
+SIZES = {"0.15": (576, 1536, 30), "0.40": (960, 2560, 32), "0.78": (1280, 3456, 36)}  # billion parameters
 
 
 def step_times() -> dict[int, float]:

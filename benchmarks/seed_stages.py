@@ -2,7 +2,8 @@
 
     python -m benchmarks.seed_stages [--device cuda] [--shape smollm2|small] [--examples 200] [--rounds 5]
 
-A Llama of random weights, 8 experts on disk, seed examples of 50 to 200 tokens. The contenders take turns; medians.
+A Llama of random weights, 8 experts on disk, seed examples of 50 to 200 tokens. The contenders take turns; medians, of
+a round's ratios too.
 
 - ``forwards``: the experts' forward passes and losses over the same batches, which are on the device already.
 - ``scoring``: all of ``SeedScorer``: reading each expert from disk into the model, batches, forward passes, records.
@@ -32,17 +33,24 @@ from upit.scoring import BATCH_TOKENS, GPU_BATCH_TOKENS, SeedScorer
 from upit.seed_data import LowestPerplexity
 
 SHAPES = {
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
-}
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "small": {
+        "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
+}  # fmt: skip
 EXPERTS = 8
 
 
 def seed_data(count: int, vocabulary: int) -> SimpleNamespace:
     draw = random.Random(0)
+    lengths = [draw.randrange(50, 200) for _ in range(count)]
     rows = []
-    for number in range(count):
-        ids = [draw.randrange(3, vocabulary) for _ in range(draw.randrange(50, 200))]
+    for number, length in enumerate(lengths):
+        ids = [draw.randrange(3, vocabulary) for _ in range(length)]
         half = len(ids) // 2
         rows.append({"id": str(number), "domain": "any", "input_ids": ids, "labels": [-100] * half + ids[half:]})
     return SimpleNamespace(train_set=rows, tokenizer=SimpleNamespace(pad_token_id=0))
@@ -67,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     cuda = options.device == "cuda"
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[options.shape], num_key_value_heads=1, vocab_size=49152 if cuda else 1024)
+    config = LlamaConfig(**SHAPES[options.shape], vocab_size=49152 if cuda else 1024)
     dense = build(config).to(options.device).eval()
     data = seed_data(options.examples, config.vocab_size)
     indices = list(range(options.examples))

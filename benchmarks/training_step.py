@@ -4,8 +4,9 @@
         [--validate]
 
 SmolLM2-135M's shape, 16 x 1024 packed tokens, fused AdamW, through the command line with configs/smollm2.yaml. Each
-variant is a process of its own; steps are timed between synchronisations, after a warm-up. With ``--validate`` every
-tenth step is followed by a validation, whose time does not count, but what it has compiled anew does.
+variant is a process of its own; steps are timed between synchronisations, after a warm-up. ``--validate`` counts what
+is compiled from a phase's third step on, validations included, and times nothing. Weights of the dense models are
+random, those of the MoE SmolLM2's in every expert, with a random router.
 
 - ``dense``: FFN twice as wide, which is what 2 of 8 experts compute; compiled.
 - ``upit``: 8 experts, top-2, upcycled after a few dense steps as in the vanilla baseline; compiled.
@@ -39,7 +40,7 @@ WIDE = {
     "max_position_embeddings": 8192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }
-DENSE_STEPS, WARM_UP, TIMED = 8, 15, 30
+DENSE_STEPS, WARM_UP, TIMED, VALIDATE_EVERY = 8, 15, 30, 13
 
 
 class StepTimer(Callback):
@@ -48,7 +49,6 @@ class StepTimer(Callback):
     def __init__(self, file: str, first: int, timed: int, profile: str | None = None) -> None:
         self.file, self.first, self.timed, self.profile = file, first, timed, profile
         self.tokens = self.real = 0
-        self.validating = 0.0
         self.profiler: Any = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -56,7 +56,7 @@ class StepTimer(Callback):
         if step == self.first:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.recompiles, self.validating = _recompiles(), 0.0
+            self.recompiles = _recompiles()
             self.start = time.perf_counter()
         if self.first <= step < self.first + self.timed:
             self.tokens += batch["input_ids"].numel()
@@ -68,18 +68,10 @@ class StepTimer(Callback):
             self.python = cProfile.Profile()
             self.python.enable()
 
-    def on_validation_start(self, trainer, pl_module) -> None:
-        torch.cuda.synchronize()
-        self.validation = time.perf_counter()
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        torch.cuda.synchronize()
-        self.validating += time.perf_counter() - self.validation
-
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.first + self.timed:
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.start - self.validating
+            seconds = time.perf_counter() - self.start
             figures = {
                 "tokens_per_second": self.tokens / seconds,
                 "step_ms": 1000 * seconds / self.timed,
@@ -109,7 +101,7 @@ def _recompiles() -> int:
 def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str, Any]:
     compiled = variant != "stock"
     is_dense = variant.startswith("dense")
-    first = WARM_UP if is_dense else DENSE_STEPS + WARM_UP
+    first = (0 if is_dense else DENSE_STEPS) + (2 if options.validate else WARM_UP)
     timer = {"file": str(figures), "first": first, "timed": TIMED}
     timer["profile"] = f"{options.profile}/{variant.replace('+', '_')}.txt" if options.profile else None
     fast = {"compile": compiled, "cuda_graphs": variant.endswith("+g")}
@@ -127,8 +119,9 @@ def config(variant: str, figures: Path, options: argparse.Namespace) -> dict[str
             "max_epochs": 4,
             "precision": options.precision,
             "limit_val_batches": 2 if options.validate else 0,
-            "val_check_interval": 10,
+            "val_check_interval": VALIDATE_EVERY,
             "check_val_every_n_epoch": None,
+            "enable_checkpointing": False,
             "enable_progress_bar": False,
             "callbacks": [{"class_path": "benchmarks.training_step.StepTimer", "init_args": timer}],
             "logger": False,
@@ -168,13 +161,19 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--profile", help="folder for a profile of three steps of each variant")
     parser.add_argument("--from-scratch", action="store_true", help="without the SmolLM2 weights and tokenizer")
-    parser.add_argument("--validate", action="store_true", help="every tenth step")
+    parser.add_argument("--validate", action="store_true", help="count recompilations around validations")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         fit(*options.run)
         return
+    if options.validate and options.profile:
+        parser.error("--validate times nothing; leave it or --profile out")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.precision}")
+    if options.validate:
+        for variant in options.variants:
+            print(f"{variant}: {run_variant(variant, options)['recompiles']} recompilations", flush=True)
+        return
     print("variant | tokens/s | step ms | real tokens | peak GiB | recompiles")
     for variant in options.variants:
         f = run_variant(variant, options)

@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 FEW = 8  # experts at most, whose products a warp holds in registers
-WIDTH = 128  # columns that a warp reads at a time, four a thread
+LANES, EACH = 32, 4  # of a warp, and the columns that a thread reads at a time
 STEPS = 32  # of one warp, whose products a thread sums in float32; the threads' sums in float64
 STAGES = 4  # steps whose loads are under way together
 COLUMNS = 128  # of a tile of more experts, whose products are summed in float32; the tiles' sums in float64
 TILES = 32  # of one program
-ROW_BLOCK = 4096  # products of a new row that are summed in float32; the blocks' sums in float64
+ROW_BLOCK = 1024  # products of a new row that a warp sums in float32; the blocks' sums in float64
 QUARTERS = 16  # a quarter of a tensor is a multiple of it, so that all four are read in vectors
 
 
@@ -33,12 +33,15 @@ def _launching(tensor: Tensor) -> Iterator[None]:
 
 
 @triton.jit
-def _few(experts, base, sums, size, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr):
-    """sums[block]: products of a tuple of experts; each thread sums those of its own columns until the end."""
+def _few(
+    experts, base, sums, size, LANES: tl.constexpr, EACH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr
+):
+    """sums[block]: products of all experts; each thread sums those of its own columns until the end."""
     M: tl.constexpr = len(experts)
-    totals = (tl.zeros((WIDTH,), dtype=tl.float32),) * (M * (M + 1) // 2)
+    totals = (tl.zeros((LANES,), dtype=tl.float32),) * (M * (M + 1) // 2)
+    own = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     for step in tl.range(STEPS, num_stages=STAGES):
-        columns = (tl.program_id(0) * STEPS + step) * WIDTH + tl.arange(0, WIDTH)
+        columns = (tl.program_id(0) * STEPS + step) * (LANES * EACH) + own
         inside = columns < size
         deltas = [tl.load(expert + columns, mask=inside, other=0.0).to(tl.float32) for expert in experts]
         if base is not None:
@@ -48,7 +51,7 @@ def _few(experts, base, sums, size, WIDTH: tl.constexpr, STEPS: tl.constexpr, ST
         totals = ()
         for a in tl.static_range(M):
             for b in tl.static_range(a + 1):
-                totals += (before[len(totals)] + deltas[a] * deltas[b],)
+                totals += (before[len(totals)] + tl.sum(deltas[a] * deltas[b], axis=1),)
     totals = [tl.sum(total.to(tl.float64)) for total in totals]
     sums += tl.program_id(0) * M * M
     for a in tl.static_range(M):
@@ -58,22 +61,33 @@ def _few(experts, base, sums, size, WIDTH: tl.constexpr, STEPS: tl.constexpr, ST
 
 
 @triton.jit
-def _gram(
-    experts, like, base, sums, size, num_experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr
-):
-    """sums[block]: products of all experts, on tensor cores."""
+def _gram(experts, base, sums, size, num_experts, COLUMNS: tl.constexpr, TILES: tl.constexpr):
+    """sums[block]: products of all experts, on tensor cores.
+
+    Each factor is the sum of two of bfloat16. Low times high is the transpose of high times low, and low times low is
+    left out, so that two products a tile do.
+    """
+    ROWS: tl.constexpr = len(experts)
     rows = tl.arange(0, ROWS)
     there = (rows < num_experts)[:, None]
-    addresses = tl.load(experts + rows, mask=rows < num_experts, other=0).to(like.dtype)[:, None]
+    addresses = tl.zeros((ROWS,), dtype=tl.int64)
+    for m in tl.static_range(ROWS):
+        addresses = tl.where(rows == m, experts[m].to(tl.int64), addresses)
+    starts = addresses.to(experts[0].dtype)[:, None]
     total = tl.zeros((ROWS, ROWS), dtype=tl.float64)
+    mixed = tl.zeros((ROWS, ROWS), dtype=tl.float32)
     for tile in range(TILES):
         columns = (tl.program_id(0) * TILES + tile) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = columns < size
-        places = tl.multiple_of(addresses + columns, [1, 16])
+        places = tl.multiple_of(starts + columns, [1, 16])
         deltas = tl.load(places, mask=there & inside, other=0.0).to(tl.float32)
         if base is not None:
             deltas -= tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
-        total += tl.dot(deltas, tl.trans(deltas), input_precision="bf16x3").to(tl.float64)
+        high = deltas.to(tl.bfloat16)
+        low = (deltas - high.to(tl.float32)).to(tl.bfloat16)
+        total += tl.dot(high, tl.trans(high)).to(tl.float64)
+        mixed = tl.dot(low, tl.trans(high), mixed)
+    total += (mixed + tl.trans(mixed)).to(tl.float64)
     places = (tl.program_id(0) * ROWS + rows[:, None]) * ROWS + rows[None, :]
     tl.store(sums + places, total)
 
@@ -88,12 +102,12 @@ def _row(experts, newest, base, sums, size, num_experts, BLOCK: tl.constexpr):
     if base is not None:
         origin = tl.load(base + columns, mask=inside, other=0.0).to(tl.float32)
         own -= origin
-    for m in range(num_experts):
-        start = tl.multiple_of(tl.load(experts + m).to(newest.dtype), 16)
-        delta = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
-        if base is not None:
-            delta -= origin
-        tl.store(sums + block * num_experts + m, tl.sum(delta * own))
+    for m in tl.static_range(len(experts)):
+        if m < num_experts:
+            delta = tl.load(experts[m] + columns, mask=inside, other=0.0).to(tl.float32)
+            if base is not None:
+                delta -= origin
+            tl.store(sums + block * num_experts + m, tl.sum(delta * own))
 
 
 def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Tensor:
@@ -113,36 +127,38 @@ def products(tensors: Sequence[Tensor], base: Tensor | None, *, new: int) -> Ten
 
 
 def _newest(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-    size, table_M = tensors[0].numel(), _addresses(tensors)
-    blocks = triton.cdiv(size, ROW_BLOCK)
-    sums_BM = torch.empty(blocks, len(tensors), dtype=torch.float32, device=table_M.device)
-    with _launching(table_M):
-        _row[(blocks,)](table_M, tensors[-1], base, sums_BM, size, len(tensors), BLOCK=ROW_BLOCK, num_warps=8)
+    newest, count = tensors[-1], len(tensors)
+    blocks = triton.cdiv(newest.numel(), ROW_BLOCK)
+    sums_BM = torch.empty(blocks, count, dtype=torch.float32, device=newest.device)
+    with _launching(newest):
+        _row[(blocks,)](
+            _filled_up(tensors), newest, base, sums_BM, newest.numel(), count, BLOCK=ROW_BLOCK, num_warps=1
+        )
     return sums_BM.sum(0, dtype=torch.float64)[None]
 
 
 def _among_few(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
     count, size = len(tensors), tensors[0].numel()
-    blocks = triton.cdiv(size, WIDTH * STEPS)
+    shape = {"LANES": LANES, "EACH": EACH, "STEPS": STEPS, "STAGES": STAGES}
+    blocks = triton.cdiv(size, LANES * EACH * STEPS)
     sums_BMM = torch.empty(blocks, count, count, dtype=torch.float64, device=tensors[0].device)
     with _launching(sums_BMM):
-        _few[(blocks,)](tuple(tensors), base, sums_BMM, size, WIDTH=WIDTH, STEPS=STEPS, STAGES=STAGES, num_warps=1)
+        _few[(blocks,)](tuple(tensors), base, sums_BMM, size, **shape, num_warps=1)
     return sums_BMM.sum(0)
 
 
 def _among_many(tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-    count, size, table_M = len(tensors), tensors[0].numel(), _addresses(tensors)
-    shape = {"ROWS": triton.next_power_of_2(count), "COLUMNS": COLUMNS, "TILES": TILES}
-    blocks = triton.cdiv(size, COLUMNS * TILES)
-    sums_BRR = torch.empty(blocks, shape["ROWS"], shape["ROWS"], dtype=torch.float64, device=table_M.device)
-    with _launching(table_M):
-        _gram[(blocks,)](table_M, tensors[-1], base, sums_BRR, size, count, **shape, num_warps=shape["ROWS"] // 16)
+    count, size, filled = len(tensors), tensors[0].numel(), _filled_up(tensors)
+    blocks, rows = triton.cdiv(size, COLUMNS * TILES), len(filled)
+    sums_BRR = torch.empty(blocks, rows, rows, dtype=torch.float64, device=tensors[0].device)
+    with _launching(sums_BRR):
+        _gram[(blocks,)](filled, base, sums_BRR, size, count, COLUMNS=COLUMNS, TILES=TILES, num_warps=rows // 16)
     return sums_BRR.sum(0)[:count, :count]
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    on_host_M = torch.tensor([tensor.data_ptr() for tensor in tensors], pin_memory=tensors[0].device.type == "cuda")
-    return on_host_M.to(tensors[0].device, non_blocking=True)  # else the host would wait for the tensor before
+def _filled_up(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """To a power of two, so that few kernels are compiled as experts come; 16 is what tensor cores take at least."""
+    return (*tensors, *[tensors[0]] * (max(16, triton.next_power_of_2(len(tensors))) - len(tensors)))
 
 
 @triton.jit(do_not_specialize=["seed"])
