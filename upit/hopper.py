@@ -45,7 +45,7 @@ def _tile(rows: int, columns: int, blocks: int = 1, *, uneven: bool = False) -> 
     return GemmConfig(tile_m=rows, tile_n=columns, pingpong=alternate, cluster_m=blocks, is_dynamic_persistent=uneven)
 
 
-# The fastest of those tried at 576 x 1536, and at 2048 x 5632 and 4096 x 11008 (docs/performance.md). Fixed, since a
+# The fastest of those tried at 576 x 1536 (docs/performance.md), and at 2048 x 5632 and 4096 x 11008. Fixed, since a
 # search would synchronise, which the capture of a CUDA graph forbids; constants, since QuACK knows a tile by identity.
 NARROW_TILES = Tiles(
     gate_and_up=_tile(128, 192, 2),
