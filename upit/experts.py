@@ -23,7 +23,7 @@ from upit.attention import HALF, compute_dtype
 from upit.gpu import HAS_TRITON
 
 NAME, TRITON, QUACK = "upit_grouped", "upit_triton", "upit_quack"
-QUACK_WIDTHS = range(2048, 4096)  # hidden; below, the host takes longer to launch it, above, Triton's path is faster
+QUACK_WIDTHS = range(2048, 4096)  # hidden; below, hosts take longer to launch it, above, H100s are faster in Triton
 HAS_QUACK = find_spec("quack") is not None
 
 

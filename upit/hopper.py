@@ -1,7 +1,7 @@
 """The experts on Hopper GPUs: QuACK's grouped products, which gather their rows and apply SwiGLU themselves.
 
 The scheme is SonicMoE's (arXiv 2512.14080): no gathered copy of the tokens, forward or backward, and no pass over
-gate and up of its own. Needs ``quack-kernels`` (``pip install "upit[hopper]"``) and widths that are multiples of 8;
+gate and up of its own. Needs ``quack-kernels`` (``pip install ".[hopper]"``) and widths that are multiples of 8;
 elsewhere :mod:`upit.kernels` does the same. QuACK keeps gate and up interleaved between its kernels; the parameters
 and their gradients stay gate first.
 

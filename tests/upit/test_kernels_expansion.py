@@ -30,6 +30,7 @@ def family(count, size, dtype, seed=0):
 @pytest.mark.parametrize(
     ("count", "size", "dtype", "against_base"),
     [
+        (1, 100_003, torch.float32, True),
         (2, 100_003, torch.float32, True),
         (2, 40, torch.bfloat16, False),
         (5, 100_003, torch.bfloat16, True),
@@ -38,9 +39,12 @@ def family(count, size, dtype, seed=0):
         (8, 100_003, torch.bfloat16, True),
         (8, 100_003, torch.float32, False),
         (9, 100_003, torch.bfloat16, True),
+        (9, 64 * 4096, torch.float32, True),
         (11, 100_003, torch.bfloat16, True),
         (16, 64 * 4096, torch.bfloat16, True),
         (16, 40, torch.float32, True),
+        (17, 100_003, torch.float32, False),
+        (32, 100_003, torch.float16, True),
         (40, 100_003, torch.bfloat16, False),
     ],
 )
