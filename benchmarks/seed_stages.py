@@ -2,8 +2,8 @@
 
     python -m benchmarks.seed_stages [--device cuda] [--shape smollm2|small] [--examples 200] [--rounds 5]
 
-A Llama of random weights, 8 experts on disk, seed examples of 50 to 200 tokens. The contenders take turns; medians, of
-a round's ratios too.
+A Llama of random weights, 8 experts on disk, seed examples of 50 to 200 tokens. The contenders take turns; medians,
+also of the rounds' ratios.
 
 - ``forwards``: the experts' forward passes and losses over the same batches, which are on the device already.
 - ``scoring``: all of ``SeedScorer``: reading each expert from disk into the model, batches, forward passes, records.

@@ -16,8 +16,7 @@ FEW = 8  # experts at most, whose products a warp holds in registers
 LANES, EACH = 32, 4  # of a warp, and the columns that a thread reads at a time
 STEPS = 32  # of one warp, whose products a thread sums in float32; the threads' sums in float64
 STAGES = 4  # steps whose loads are under way together
-COLUMNS = 128  # of a tile of more experts, whose products are summed in float32; the tiles' sums in float64, but for
-# the small products of low and high, whose sum over a program is of float32
+COLUMNS = 128  # of a tile of more experts, whose products are summed in float32; the tiles' sums in float64
 TILES = 32  # of a program
 ROW_BLOCK = 1024  # products of a new row that a warp sums in float32; the blocks' sums in float64
 QUARTERS = 16  # a quarter of a tensor is a multiple of it, so that all four are read in vectors
@@ -66,7 +65,8 @@ def _gram(experts, base, sums, size, num_experts, COLUMNS: tl.constexpr, TILES: 
     """sums[block]: products of all experts, on tensor cores.
 
     Each factor is the sum of two of bfloat16. Low times high is the transpose of high times low, and low times low is
-    left out, which is 3e-6 of a squared norm for float32 experts; so two products a tile do.
+    left out, which is 3e-6 of a squared norm for float32 experts; so two products a tile do. The mixed ones, 2**-8 of
+    the others, stay in float32 over a program.
     """
     ROWS: tl.constexpr = len(experts)
     rows = tl.arange(0, ROWS)

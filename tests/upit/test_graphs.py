@@ -105,7 +105,10 @@ def test_graphs_for_longer_sequences_serve_shorter_ones(monkeypatch):
     """As on a GPU, where the longest sequence is a part of what the graphs take."""
     monkeypatch.setattr("upit.graphs._Graphs", HeldGraphs)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
-    ends = lambda batch, *_, **__: sequence_ends(batch["lengths"], batch["longest"])  # noqa: E731
+
+    def ends(batch, *_, **__):
+        return sequence_ends(batch["lengths"], batch["longest"])
+
     monkeypatch.setattr("upit.attention.packed_mask", ends)
     torch.manual_seed(0)
     model = build(DENSE).train()
