@@ -112,8 +112,10 @@ class RunReport(Callback):
         output = self.run / "export"
         if output.exists():  # a resumed run exports again, beside
             output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
-        card = model_card(module.identity() | {"global_step": trainer.global_step}, self.run, name=output.name)
-        export_model(module.lm.config, weights, trainer.datamodule.tokenizer, output, card=card)
+        identity = module.identity() | {"global_step": trainer.global_step}
+        card = model_card(identity, self.run, name=output.name)
+        tokenizer, generation = trainer.datamodule.tokenizer, identity["generation"]
+        export_model(module.lm.config, weights, tokenizer, output, card=card, generation=generation)
 
     @override
     def state_dict(self) -> dict[str, Any]:

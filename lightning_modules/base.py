@@ -15,13 +15,13 @@ from lightning_modules import horizon
 from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import AdamW, adamw
-from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
+from upit.checkpoints import IDENTITY, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.examples import IGNORE, Batch
 from upit.forward import Body, body_states, response_loss
 from upit.graphs import GraphedBody, check_capturable
 from upit.metrics import WeightedMeans
-from upit.models import build
+from upit.models import rebuild
 from upit.sharding import shard
 
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
@@ -152,7 +152,7 @@ class CausalLMModule(EvaluatedModule):
         identity = self.resumed
         if identity is not None:
             self.enter(identity)
-        self.active.model = build(config_of(identity)) if identity else self.active.load()
+        self.active.model = rebuild(identity) if identity else self.active.load()
         self.active.finish(self.trainer)
 
     def finish(self, trainer: L.Trainer) -> None:
@@ -297,7 +297,7 @@ class CausalLMModule(EvaluatedModule):
             raise ValueError("the checkpoint does not say which model it holds: no checkpoint of a upit module")
         self.enter(checkpoint[IDENTITY])
         if self.active.model is None:
-            self.active.model = build(config_of(checkpoint[IDENTITY]))
+            self.active.model = rebuild(checkpoint[IDENTITY])
             if self._trainer is not None:
                 self.active.finish(self._trainer)
         self.active.means.restore(checkpoint.get(MEANS, {}))

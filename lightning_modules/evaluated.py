@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from upit.evaluation import Scores, evaluate, greedy_answers, summed_answers, summed_losses
+from upit.evaluation import Scores, evaluate, summed_answers, summed_losses
 from upit.examples import Batch
+from upit.generation import greedy_answers
 from upit.metrics import WeightedMeans
 
 PREDICT_TOKENS = 256

@@ -1,6 +1,7 @@
 """One module from dense to MoE: it owns the phase and delegates to the module of that phase."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -116,6 +117,7 @@ class UpITModule(CausalLMModule):
         trainer, source = self.trainer, self.lm
         with trainer.strategy.tensor_init_context():
             model = build(config)
+        model.generation_config = copy(source.generation_config)  # for the export
         self.moe.model = model.to(trainer.strategy.root_device)
         self.moe.finish(trainer)
         upcycle(self.moe.lm, source, experts, router_DEH)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoConfig, PretrainedConfig
 
+from upit.generation import generation_settings
+
 IDENTITY = "upit"
 METADATA_GLOBALS = {  # what torch pickles into a sharded checkpoint's .metadata, beside dtypes
     *(
@@ -42,6 +44,7 @@ def identity_of(model, *, phase: str, swap_step: int | None) -> dict[str, Any]:
         "top_k": config.get("num_experts_per_tok"),
         "swap_step": swap_step,
         "config": config,
+        "generation": generation_settings(model.generation_config),  # of the model that training started from
     }
 
 

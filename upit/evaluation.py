@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from upit.distributed import own_share, world_size
+from upit.distributed import own_share
 from upit.examples import PADDING, Batch, Example, collate, length_grouped, to_device
 from upit.forward import response_logits, response_losses
+from upit.generation import greedy_answers
 from upit.losses import grouped_losses
 from upit.metrics import WeightedMeans
 from upit.scoring import Autocast
@@ -20,35 +21,6 @@ MARGIN = 16  # tokens that an answer may be longer than expected; ours
 
 Scores = dict[str, Any]
 Track = Callable[[Iterable], Iterable]
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: PreTrainedModel, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: Sequence[int]
-) -> list[str]:
-    """Answer a batch of prompts greedily with a KV cache, left-padded; stops at the end of the turn.
-
-    Each answer is cut at its own ``max_new_tokens``, so that it does not depend on the batch it is in. A collective
-    when the model is sharded: every rank must call it the same number of times.
-    """
-    device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    gaps = [width - len(prompt) for prompt in prompts]
-    inputs = [[pad] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
-    masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
-    ids = model.generate(
-        input_ids=torch.tensor(inputs, device=device),
-        attention_mask=torch.tensor(masks, device=device),
-        max_new_tokens=max(max_new_tokens),
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-        synced_gpus=world_size() > 1,
-    )
-    answers = [row[:most] for row, most in zip(ids[:, width:].tolist(), max_new_tokens, strict=True)]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def answer_budget(example: Example) -> int:

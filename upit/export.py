@@ -11,10 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from upit.artefacts import Run
 from upit.checkpoints import config_of, read_identity, read_weights
 from upit.files import check_output, fresh_directory, read_json
+from upit.generation import exported_generation
 
 
 def export_model(
-    config: PretrainedConfig, weights: Mapping[str, Tensor], tokenizer, output: str | Path, *, card: str
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer,
+    output: str | Path,
+    *,
+    card: str,
+    generation: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model that stock ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -23,6 +30,8 @@ def export_model(
         weights: state dict, its names as in transformers.
         output: a directory that does not exist or is empty; it appears only when complete.
         card: text of the README.md.
+        generation: generation settings of the model that training started from, see
+            :func:`upit.generation.generation_settings`. The export keeps them, and stops at the trained end of turn.
     Raises:
         FileExistsError: the output is not empty.
         RuntimeError: a weight is missing or unexpected.
@@ -36,12 +45,13 @@ def export_model(
     if set(missing) - tied or unexpected:
         raise RuntimeError(f"the weights don't fit the config: missing {set(missing) - tied}, unexpected {unexpected}")
     model.tie_weights()
+    model.generation_config = GenerationConfig()
     model.config.dtype = next(iter(weights.values())).dtype
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-    )
+    settings = exported_generation(generation or {}, tokenizer)
     with fresh_directory(output) as directory:
         model.save_pretrained(directory)
+        # transformers refuses to save some settings that published models have (a temperature without do_sample)
+        (directory / "generation_config.json").write_text(settings.to_json_string())
         tokenizer.save_pretrained(directory)
         (directory / "README.md").write_text(card)
     return output
@@ -67,6 +77,7 @@ def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: s
         AutoTokenizer.from_pretrained(folder),
         output,
         card=model_card(identity, run, name=output.name),
+        generation=identity.get("generation"),
     )
 
 

@@ -1,14 +1,23 @@
 """Build dense and MoE models: from pretrained weights, or from a config."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 
 from upit import attention, experts
+from upit.checkpoints import config_of
 from upit.families import MOE_TYPES, family_of
 from upit.routers import prepare_routers
 from upit.sources import loading, resolve
@@ -38,6 +47,13 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
         config, attn_implementation=attention.NAME, dtype=torch.get_default_dtype()
     )
     return _prepare(model)
+
+
+def rebuild(identity: Mapping[str, Any]) -> PreTrainedModel:
+    """The model that a checkpoint's identity describes, with fresh weights and its source's generation settings."""
+    model = build(config_of(identity))
+    model.generation_config = GenerationConfig(**identity.get("generation", {}))
+    return model
 
 
 def outline(config: PretrainedConfig) -> PreTrainedModel:
@@ -89,13 +105,11 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
         fields.pop(key, None)
     clean = build(type(model.config)(**fields))
     clean.load_state_dict(model.state_dict())
+    clean.generation_config = model.generation_config
     return clean
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
-    model.generation_config.do_sample = False
-    for sampling in ("temperature", "top_p", "top_k"):
-        setattr(model.generation_config, sampling, None)
     if model.config.model_type in MOE_TYPES:
         experts.use(model)
         prepare_routers(model)
