@@ -19,14 +19,15 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from datamodules.chat import check_messages, check_template, encode
+from datamodules.chat import check_messages, check_template, encode_batch, warn_without_end
 from datamodules.files import read_json_lines
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
 
 PAD_MULTIPLE = 64
-CACHE_VERSION = 2  # raised when the same source gives other examples than before
+BATCH_ROWS = 256  # tokenised in one call
+CACHE_VERSION = 3  # raised when the same source gives other examples than before
 Row = dict[str, Any]  # id, domain, messages, metadata
 
 
@@ -88,6 +89,14 @@ class ConversationDataModule(L.LightningDataModule):
     def make_tokenizer(self, train_rows: list[Row]) -> Any:
         """The tokenizer, which may be trained on the training rows; runs once, then the cache serves."""
 
+    @property
+    def template_name(self) -> str:
+        """The chat template in words, for messages."""
+        given: str | None = getattr(self, "template_source", None)
+        if given is None:
+            return "the tokenizer's own chat template"
+        return f"the chat template {given!r}" if "{" not in given else "the chat template in data.chat_template"
+
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """Whether a completion answers an example: equal up to white space."""
         return completion.split() == example["answer"].split()
@@ -127,12 +136,11 @@ class ConversationDataModule(L.LightningDataModule):
         write_json(folder / "stats.json", stats)
 
     def _tokenise(self, tokenizer, rows: list[Row], folder: Path) -> dict[str, int]:
-        encoded = [
-            encode(tokenizer, row, max_length=self.max_length)
-            for row in tqdm(rows, desc=f"Tokenising {folder.name}", leave=False)
-        ]
-        kept = [example for example in encoded if any(label != IGNORE for label in example["labels"])]
-        cut = sum(example.pop("cut") for example in encoded)
+        encoded = []
+        for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=f"Tokenising {folder.name}", leave=False):
+            encoded += encode_batch(tokenizer, rows[start : start + BATCH_ROWS], max_length=self.max_length)
+        cut, merged = (sum(example.pop(key) for example in encoded) for key in ("cut", "merged"))
+        kept = [example for example in encoded if not example.pop("reason")]
         if not kept:
             raise ValueError(
                 f"none of the {len(rows)} {folder.name} examples has a response within "
@@ -141,7 +149,13 @@ class ConversationDataModule(L.LightningDataModule):
         disable_progress_bars()
         Dataset.from_list(kept).save_to_disk(folder)
         tokens = sum(len(example["input_ids"]) for example in kept)
-        return {"examples": len(kept), "tokens": tokens, "cut": cut, "dropped": len(rows) - len(kept)}
+        return {
+            "examples": len(kept),
+            "tokens": tokens,
+            "cut": cut,
+            "dropped": len(encoded) - len(kept),
+            "merged": merged,
+        }
 
     @override
     def setup(self, stage: str) -> None:
@@ -150,6 +164,7 @@ class ConversationDataModule(L.LightningDataModule):
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        warn_without_end(self.tokenizer, self.template_name)
         self.train_set: list = load_from_disk(self.folder / "train").to_list()
         if self.train_domains is not None:
             self.train_set = self._of_domains(self.train_set, self.train_domains)
@@ -161,6 +176,12 @@ class ConversationDataModule(L.LightningDataModule):
                 warnings.warn(
                     f"{name}: {counts['cut']} of {counts['examples'] + counts['dropped']} examples are longer than "
                     f"max_length={self.max_length}: cut; {counts['dropped']} have no response (left): dropped",
+                    stacklevel=2,
+                )
+            if counts["merged"]:
+                warnings.warn(
+                    f"{name}: in {counts['merged']} of {counts['examples']} examples the response's first characters "
+                    "would merge with its prompt's last ones; they are tokenised apart, as at inference",
                     stacklevel=2,
                 )
         self.longest_example = max(len(row["input_ids"]) for row in self.train_set)  # one for all batches

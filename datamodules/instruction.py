@@ -68,6 +68,7 @@ class InstructionDataModule(ConversationDataModule):
         self.prompt_column = prompt_column
         self.response_column = response_column
         self.domain_column = domain_column
+        self.template_source = chat_template
         self.chat_template = chat_template and template_text(chat_template)
         self.trust_remote_code = trust_remote_code
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row, check_at_least
-from datamodules.chat import CHATML
+from upit.chat_templates import CHATML
 from upit.sources import content_key, load_tokenizer, template_text
 
 HELDOUT_SEED = 2**31
@@ -58,6 +58,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         self.heldout_size = heldout_size
         self.tokenizer_source = tokenizer
         self.vocab_size = vocab_size
+        self.template_source = chat_template
         self.chat_template = chat_template and template_text(chat_template)
         self.system_prompt = system_prompt
         self.trust_remote_code = trust_remote_code

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from datamodules import InstructionDataModule
-from datamodules.chat import CHATML
 from datamodules.reasoning_gym import train_tokenizer
+from upit.chat_templates import CHATML
 
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "</s>", "[INST]", "[/INST]"]
 TEXT = (

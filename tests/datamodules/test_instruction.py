@@ -163,8 +163,10 @@ def tokenisings(monkeypatch):
     import datamodules.base
 
     seen = []
-    original = datamodules.base.encode
-    monkeypatch.setattr(datamodules.base, "encode", lambda *a, **k: seen.append(1) or original(*a, **k))
+    original = datamodules.base.encode_batch
+    monkeypatch.setattr(
+        datamodules.base, "encode_batch", lambda t, rows, **k: seen.extend([1] * len(rows)) or original(t, rows, **k)
+    )
     return seen
 
 
@@ -251,16 +253,16 @@ def test_a_crash_while_tokenising_leaves_no_half_cache(make_instruction, tmp_pat
 
     file = as_jsonl(tmp_path)
     calls = []
-    original = datamodules.base.encode
+    original = datamodules.base.encode_batch
 
     def crash(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 20:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(datamodules.base, "encode", crash)
+        patch.setattr(datamodules.base, "encode_batch", crash)
         with pytest.raises(KeyboardInterrupt):
             make_instruction(train_files=[file]).prepare_data()
     module = ready(make_instruction(train_files=[file]))

@@ -3,9 +3,9 @@
 import pytest
 
 from datamodules import ReasoningGymDataModule
-from datamodules.chat import CHATML
 from datamodules.reasoning_gym import train_tokenizer
 from tests.conftest import FAMILIES
+from upit.chat_templates import CHATML
 
 
 def question(data, row) -> str:
