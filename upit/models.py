@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -19,8 +21,11 @@ from transformers.activations import ACT2FN
 from upit import attention, experts
 from upit.checkpoints import config_of
 from upit.families import MOE_TYPES, family_of
+from upit.generation import stop_ids
 from upit.routers import prepare_routers
 from upit.sources import loading, resolve
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def scratch_config(fields: dict[str, Any], tokenizer) -> LlamaConfig:
@@ -117,15 +122,48 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_tokenizer(config: PretrainedConfig, tokenizer, *, source: str) -> None:
-    """Raises: ValueError: the tokenizer has ids that the model's embedding lacks, or other special tokens."""
+    """Check that a tokenizer is the model's: its size, its end of turn, and its vocabulary where the model has one.
+
+    Tokens that were added to a vocabulary are not compared: they may be renamed, or added to. Vocabularies in GGUF files
+    are not compared.
+
+    Raises: ValueError: the model's embedding lacks some of the tokenizer's ids, or means other tokens by them.
+    """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but {source!r} embeds {config.vocab_size}: "
             "set data.tokenizer to the model's own"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+    if config.eos_token_id is not None and not {tokenizer.eos_token_id, *stop_ids(tokenizer)} & set(ends):
         raise ValueError(
             f"the tokenizer ends a turn with id {tokenizer.eos_token_id} but {source!r} with {ends}: "
             "set data.tokenizer to the model's own"
         )
+    own = _own_tokenizer(config)
+    if own is not None and (found := _first_difference(tokenizer, own)):
+        index, theirs, ours = found
+        raise ValueError(
+            f"the tokenizer's id {index} is {ours!r} but that of {source!r} is {theirs!r}: it belongs to another "
+            "model; set data.tokenizer to the model's own"
+        )
+
+
+def _own_tokenizer(config: PretrainedConfig):
+    """The tokenizer that lies beside a model's weights, or None."""
+    place = config._name_or_path
+    if not place or (Path(place).is_dir() and not any((Path(place) / name).exists() for name in TOKENIZER_FILES)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):  # the hub's repository has none, or one that needs code of its own
+        return None
+
+
+def _first_difference(tokenizer, own) -> tuple[int, str, str] | None:
+    """The first id that stands for one token in the model's own vocabulary and for another in the tokenizer's."""
+    added = own.added_tokens_decoder.keys() | tokenizer.added_tokens_decoder.keys()
+    ours = {index: token for token, index in tokenizer.get_vocab().items()}
+    theirs = {index: token for token, index in own.get_vocab().items()}
+    different = [index for index in ours.keys() & theirs.keys() - added if ours[index] != theirs[index]]
+    return (first := min(different), theirs[first], ours[first]) if different else None

@@ -10,8 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from datamodules.reasoning_gym import train_tokenizer
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from upit.families import moe_config
@@ -91,6 +92,27 @@ def test_mixed_tokenizers_are_refused(finished, make_data, tmp_path):
     dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
     with pytest.raises(ValueError, match=r"the tokenizer has 400 tokens but .* embeds 320.*data\.tokenizer"):
         fit(DenseModule(model=str(dense)), make_data(vocab_size=400), tmp_path)
+
+
+def test_a_tokenizer_of_equal_size_from_another_model_is_refused(finished, make_data, tmp_path):
+    from upit.export import export_checkpoint
+
+    run, _, _ = finished
+    dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
+    other = train_tokenizer(
+        ["Because it is so, say the many reasons of quick brown foxes that jump over lazy dogs " * 9],
+        vocab_size=320,
+        chat_template=None,
+    )
+    own = AutoTokenizer.from_pretrained(dense)
+    assert (len(other), other.eos_token_id) == (len(own), own.eos_token_id)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the tokenizer's id \d+ is .* belongs to another model; set data"):
+        fit(DenseModule(model=str(dense)), make_data(tokenizer=str(tmp_path / "other")), tmp_path / "a")
+    fit(DenseModule(model=str(dense)), make_data(tokenizer=str(dense)), tmp_path / "b")
+    for file in dense.glob("tokenizer*"):
+        file.unlink()
+    fit(DenseModule(model=str(dense)), make_data(tokenizer=str(tmp_path / "other")), tmp_path / "c")
 
 
 def test_weights_that_need_unpickling_are_refused(make_data, tmp_path):
