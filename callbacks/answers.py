@@ -1,5 +1,6 @@
 """Write the answers of ``upit predict``."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from upit.distributed import gathered, rank
 
 
 class WriteAnswers(BasePredictionWriter):
-    """Write ``<run>/predictions.jsonl`` batch by batch: each prompt's row and an ``answer``, in the prompts' order.
+    """Write ``<run>/predictions.jsonl`` batch by batch: each prompt's row and its answer, in the prompts' order.
 
-    Under several processes rank 0 writes what all of them answered.
+    An earlier file is kept: the next is ``predictions-2.jsonl``, and so on. Under several processes rank 0 writes the
+    answers of all of them.
     """
 
     def __init__(self) -> None:
@@ -20,11 +22,13 @@ class WriteAnswers(BasePredictionWriter):
 
     @override
     def on_predict_start(self, trainer, pl_module) -> None:
-        self.file = Path(trainer.default_root_dir) / "predictions.jsonl"
         self.written = 0
         if rank() == 0:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("")
+            run = Path(trainer.default_root_dir)
+            run.mkdir(parents=True, exist_ok=True)
+            names = itertools.chain(["predictions.jsonl"], (f"predictions-{i}.jsonl" for i in itertools.count(2)))
+            self.file = next(run / name for name in names if not (run / name).exists())
+            self.file.touch(exist_ok=False)
 
     @override
     def write_on_batch_end(
@@ -38,3 +42,8 @@ class WriteAnswers(BasePredictionWriter):
         if rank() == 0:
             with self.file.open("a") as stream:
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    @override
+    def on_predict_end(self, trainer, pl_module) -> None:
+        if rank() == 0:
+            print(f"Wrote {self.written} answers to {self.file}, column {pl_module.answer_column!r}")

@@ -89,6 +89,14 @@ class ConversationDataModule(L.LightningDataModule):
     def make_tokenizer(self, train_rows: list[Row]) -> Any:
         """The tokenizer, which may be trained on the training rows; runs once, then the cache serves."""
 
+    def prompt_tokenizer(self) -> Any:
+        """The tokenizer for prompts alone, made without the data; None where it is trained on the data."""
+        return None
+
+    @property
+    def _predicts(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == "predict"
+
     @property
     def template_name(self) -> str:
         """The chat template in words, for messages."""
@@ -110,6 +118,8 @@ class ConversationDataModule(L.LightningDataModule):
 
     @override
     def prepare_data(self) -> None:
+        if self._predicts and self.prompt_tokenizer() is not None:
+            return
         if (self.folder / "stats.json").exists():
             return
         try:
@@ -160,6 +170,9 @@ class ConversationDataModule(L.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         if self.tokenizer is not None:
+            return
+        if stage == "predict" and (tokenizer := self.prompt_tokenizer()) is not None:
+            self.tokenizer = tokenizer
             return
         from transformers import AutoTokenizer
 

@@ -86,6 +86,10 @@ class InstructionDataModule(ConversationDataModule):
         }
 
     @override
+    def prompt_tokenizer(self) -> Any:
+        return self.make_tokenizer([])
+
+    @override
     def make_tokenizer(self, train_rows: list[Row]):
         return load_tokenizer(
             self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code

@@ -75,6 +75,10 @@ class ReasoningGymDataModule(ConversationDataModule):
         }
 
     @override
+    def prompt_tokenizer(self) -> Any:
+        return None if self.tokenizer_source is None else self.make_tokenizer([])
+
+    @override
     def make_tokenizer(self, train_rows: list[Row]):
         if self.tokenizer_source is not None:
             return load_tokenizer(

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from upit.evaluation import Scores, evaluate, summed_answers, summed_losses
 from upit.examples import Batch
-from upit.generation import greedy_answers
+from upit.generation import answer_column, greedy_answers
 from upit.metrics import WeightedMeans
 
 PREDICT_TOKENS = 256
@@ -97,6 +97,10 @@ class EvaluatedModule(L.LightningModule):
         self.log_dict({f"test/{name}": mean for name, mean in self.heldout.compute().items()})
 
     @override
+    def on_predict_epoch_start(self) -> None:
+        self.answer_column = answer_column(self.trainer.datamodule.predict_set)
+
+    @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         data = self.trainer.datamodule
         prompts = [
@@ -105,7 +109,7 @@ class EvaluatedModule(L.LightningModule):
         budgets = [self.active.max_new_tokens or PREDICT_TOKENS] * len(prompts)
         answers = greedy_answers(self.lm, data.tokenizer, prompts, max_new_tokens=budgets)
         rows = [data.predict_set[i] for i in batch["index"].tolist()]
-        return [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+        return [{**row, self.answer_column: answer} for row, answer in zip(rows, answers, strict=True)]
 
     def score(self, track=lambda batches: batches) -> Scores:
         """Held-out loss and exact match per domain; see :func:`upit.evaluation.evaluate`."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,9 +184,51 @@ def test_predict_answers_the_prompts_of_a_file(cli_run, tmp_path, monkeypatch, s
     assert all(isinstance(row["answer"], str) for row in answers)
 
 
-def test_a_resumed_run_keeps_the_records_and_ends_with_the_same_weights(cli_run, tmp_path, monkeypatch):
-    import shutil
+def test_predict_keeps_a_row_s_own_answer_and_earlier_files_and_says_where_it_writes(
+    cli_run, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 3 + 4?", "answer": "7"}) + "\n")
+    folder = tmp_path / "copy"
+    shutil.copytree(cli_run / "tokenizer", folder / "tokenizer")
+    (folder / "checkpoints").mkdir()
+    shutil.copy(cli_run / "checkpoints/step=6.ckpt", folder / "checkpoints")
+    data = {"tokenizer": str(folder / "tokenizer"), "train_files": ["gone.jsonl"]}
+    config = yaml.safe_load((cli_run / "config.yaml").read_text())
+    config["data"] = {"class_path": "datamodules.InstructionDataModule", "init_args": data}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("predictions.jsonl", "predictions-2.jsonl"):
+        upit(
+            "predict", "-c", tmp_path / "config.yaml", "--ckpt_path", folder / "checkpoints/step=6.ckpt",
+            "--data.init_args.predict_file", tmp_path / "prompts.jsonl", monkeypatch=monkeypatch,
+        )  # fmt: skip
+        assert f"Wrote 1 answers to {folder / name}, column 'answer-2'" in capsys.readouterr().out
+        (row,) = map(json.loads, (folder / name).read_text().splitlines())
+        assert row["answer"] == "7"
+        assert isinstance(row["answer-2"], str)
 
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_the_untrained_base_is_used_only_on_request(cli_run, tmp_path, monkeypatch, capsys, command):
+    options = ["-c", cli_run / "config.yaml", "--trainer.default_root_dir", tmp_path / "run"]
+    with pytest.raises(SystemExit):
+        upit(command, *options, monkeypatch=monkeypatch)
+    assert "name the checkpoint with --ckpt_path; --base uses" in capsys.readouterr().err
+    checkpoint = cli_run / "checkpoints/step=6.ckpt"
+    with pytest.raises(SystemExit):
+        upit(command, *options, "--base", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)
+    assert "--base and --ckpt_path exclude one another" in capsys.readouterr().err
+
+
+def test_the_base_on_request(cli_run, tmp_path, monkeypatch, capsys):
+    options = ["-c", cli_run / "config.yaml", "--trainer.default_root_dir", tmp_path / "run"]
+    upit("validate", *options, "--base", monkeypatch=monkeypatch)
+    assert "loss/letters" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        upit("fit", *options, "--base", monkeypatch=monkeypatch)
+    assert "--base is for validate, test and predict" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_records_and_ends_with_the_same_weights(cli_run, tmp_path, monkeypatch):
     run = tmp_path / "copy"
     shutil.copytree(cli_run, run)
     before = records(run)

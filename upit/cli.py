@@ -201,9 +201,15 @@ def _train(args: list[str] | None) -> None:
             parser.set_defaults({"trainer.default_root_dir": "runs/run"})
             parser.add_lightning_class_args(ExpertHarvest, "harvest", subclass_mode=True, required=False)
             parser.add_lightning_class_args(Upcycling, "upcycling", subclass_mode=True, required=False)
+            parser.add_argument(
+                "--base",
+                action="store_true",
+                help="validate, test or predict with the model that training starts from, without a checkpoint",
+            )
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
+            self._check_base(config.pop("base"), config.get("ckpt_path"))
             ranks = [os.environ.get(name, "0") for name in LAUNCHERS]
             if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
                 self.parser.error(f"ckpt_path={config.ckpt_path!r} does not exist")
@@ -217,6 +223,17 @@ def _train(args: list[str] | None) -> None:
                 if started_here:
                     keep_records(run)
             config.trainer.default_root_dir = str(run)
+
+        def _check_base(self, base: bool, ckpt_path: str | None) -> None:
+            if self.subcommand == "fit":
+                if base:
+                    self.parser.error("--base is for validate, test and predict")
+            elif base and ckpt_path:
+                self.parser.error("--base and --ckpt_path exclude one another")
+            elif not base and not ckpt_path:
+                self.parser.error(
+                    "name the checkpoint with --ckpt_path; --base uses the model that training starts from instead"
+                )
 
         def after_instantiate_classes(self) -> None:
             self.model.last_fit = True

@@ -1,6 +1,7 @@
 """Greedy generation, and the tokens that end a turn."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -93,6 +94,13 @@ def plain_greedy(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def answer_column(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Name for the answers to rows of prompts: ``answer``, or ``answer-2`` and so on where a row has that already."""
+    taken = {name for row in rows for name in row}
+    names = itertools.chain(["answer"], (f"answer-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def generation_settings(config: GenerationConfig | None) -> dict[str, Any]:
