@@ -19,8 +19,9 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from datamodules.chat import check_messages, check_template, encode_batch, warn_without_end
-from datamodules.files import read_json_lines
+from datamodules.chat import check_template, encode_batch, warn_without_end
+from datamodules.files import read_records
+from datamodules.forms import ConversationError, Dropped, check_text, prompt_messages
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
@@ -76,6 +77,8 @@ class ConversationDataModule(L.LightningDataModule):
         self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if order_seed is None else order_seed
         self.cache_dir = Path(cache_dir)
         self.tokenizer: Any = None
+        self.invalid = "refuse"  # what is done about conversations that the template refuses
+        self.dropped = {"train": Dropped(), "heldout": Dropped()}  # conversations left out before tokenising
 
     @abstractmethod
     def source_key(self) -> dict[str, Any]:
@@ -145,11 +148,17 @@ class ConversationDataModule(L.LightningDataModule):
         }
         write_json(folder / "stats.json", stats)
 
-    def _tokenise(self, tokenizer, rows: list[Row], folder: Path) -> dict[str, int]:
+    def _tokenise(self, tokenizer, rows: list[Row], folder: Path) -> dict[str, Any]:
         encoded = []
         for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=f"Tokenising {folder.name}", leave=False):
-            encoded += encode_batch(tokenizer, rows[start : start + BATCH_ROWS], max_length=self.max_length)
+            encoded += encode_batch(
+                tokenizer, rows[start : start + BATCH_ROWS], max_length=self.max_length, invalid=self.invalid
+            )
         cut, merged = (sum(example.pop(key) for example in encoded) for key in ("cut", "merged"))
+        dropped = self.dropped[folder.name]
+        for example in encoded:
+            if example["reason"]:
+                dropped.add(example["reason"], example["id"])
         kept = [example for example in encoded if not example.pop("reason")]
         if not kept:
             raise ValueError(
@@ -163,7 +172,8 @@ class ConversationDataModule(L.LightningDataModule):
             "examples": len(kept),
             "tokens": tokens,
             "cut": cut,
-            "dropped": len(encoded) - len(kept),
+            "dropped": sum(own["count"] for own in dropped.reasons.values()),
+            "reasons": dropped.reasons,
             "merged": merged,
         }
 
@@ -185,10 +195,16 @@ class ConversationDataModule(L.LightningDataModule):
         self.domains = sorted({row["domain"] for row in self.heldout_set})
         self.stats = read_json(self.folder / "stats.json")
         for name, counts in self.stats.items():
-            if counts["cut"] or counts["dropped"]:
+            if counts["cut"]:
                 warnings.warn(
                     f"{name}: {counts['cut']} of {counts['examples'] + counts['dropped']} examples are longer than "
-                    f"max_length={self.max_length}: cut; {counts['dropped']} have no response (left): dropped",
+                    f"max_length={self.max_length}: cut",
+                    stacklevel=2,
+                )
+            if counts["dropped"]:
+                warnings.warn(
+                    f"{name}: {counts['dropped']} of {counts['examples'] + counts['dropped']} examples are dropped: "
+                    f"{Dropped(counts['reasons'])}",
                     stacklevel=2,
                 )
             if counts["merged"]:
@@ -295,10 +311,8 @@ class ConversationDataModule(L.LightningDataModule):
     @override
     def predict_dataloader(self) -> DataLoader:
         if self.predict_file is None:
-            raise ValueError("data.predict_file is not set: name a JSONL file with `prompt` or `messages`")
-        self.predict_set = read_json_lines(Path(self.predict_file), field="data.predict_file")
-        for number, row in enumerate(self.predict_set, 1):
-            check_messages(prompt_of(row), f"{self.predict_file}: prompt {number}")
+            raise ValueError("data.predict_file is not set: name a file with `prompt` or `messages`")
+        self.predict_set = read_prompts(Path(self.predict_file))
         return DataLoader(
             list(enumerate(self.predict_set)),  # type: ignore[arg-type]
             batch_size=16,
@@ -310,13 +324,13 @@ class ConversationDataModule(L.LightningDataModule):
 
     def conversation(self, row: Row) -> list[dict[str, Any]]:
         """The messages to answer, of a row of ``predict_file``."""
-        return prompt_of(row)
+        return prompt_messages(row)
 
     def _collate_prompts(self, rows: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
         prompts = []
         for _, row in rows:
             encoded = self.tokenizer.apply_chat_template(
-                self.conversation(row), add_generation_prompt=True, return_dict=True
+                self.conversation(row), tools=row.get("tools") or None, add_generation_prompt=True, return_dict=True
             )
             prompts.append(encoded["input_ids"])
         width = max(map(len, prompts))
@@ -334,6 +348,15 @@ def check_at_least(least: int, **fields: int) -> None:
             raise ValueError(f"data.{field}={value} must be at least {least}")
 
 
-def prompt_of(row: Row) -> list[dict[str, Any]]:
-    """The conversation that a row of prompts gives."""
-    return row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+def read_prompts(path: Path) -> list[Row]:
+    """Rows of ``data.predict_file``; one that can't be answered is named."""
+    rows = []
+    for number, row in read_records(path, field="data.predict_file"):
+        try:
+            check_text(prompt_messages(row))
+        except ConversationError as error:
+            raise ValueError(f"{path}: prompt {number}: {error}") from None
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"data.predict_file: {path} holds no prompts")
+    return rows

@@ -154,16 +154,6 @@ class Renderer:
         return end if text.startswith(alone[:end]) else None
 
 
-def check_messages(messages: Any, where: str) -> None:
-    """Raises: ValueError: not a list of {role, content}, both text."""
-    good = isinstance(messages, list) and all(
-        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in messages
-    )
-    if not (good and messages):
-        raise ValueError(f"{where}: messages must be a list of {{role, content}}, both text; got {messages!r:.200}")
-
-
 def check_template(tokenizer) -> None:
     """Render two short conversations.
 
@@ -406,7 +396,7 @@ def encode_batch(tokenizer, rows: Sequence[Row], *, max_length: int, invalid: st
             rendered += renderer.render(row, place)
         except RENDERING as error:
             if invalid == "refuse":
-                raise ValueError(f"{row['id']}: {_refusal(error)}") from None
+                raise ValueError(f"{row['id']}: {_refusal(error)}. data.invalid=drop leaves such rows out") from None
             failed.append((place, _without_tokens(row, _refusal(error))))
     examples, again = encoder.encode(rendered)
     alone = [renderer.render_upto(item.row, message, item.place) for item, message in again]

@@ -1,33 +1,45 @@
 """Instruction data from files or from a dataset's name."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import load_dataset
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
-from datamodules.chat import check_messages
-from datamodules.files import file_digest, read_rows
-from upit.sources import content_key, load_tokenizer, template_text
+from datamodules.files import DataFile, data_files, file_digest, read_records
+from datamodules.forms import FORMS, ConversationError, Dropped, FormName, Forms
+from upit.sources import content_key, load_tokenizer, loading, template_text
 
 
 class InstructionDataModule(ConversationDataModule):
-    """JSONL, JSON or parquet files, or a dataset of the hub: ``messages``, or prompt and response columns.
+    """Conversations from files, or from a dataset of the hub.
+
+    Four forms are recognised by their columns, and named in the log: OpenAI's ``messages``, ShareGPT's
+    ``conversations``, Alpaca's ``instruction``, ``input`` and ``output`` (joined by an empty line, ours), and a prompt
+    with its completion or response.
 
     Args:
         tokenizer: directory, hub id, ``.gguf`` file or ``package://NAME/FILE.gguf``.
-        train_files: files; one domain a file (its stem) unless ``domain_column`` is set.
+        train_files: files (JSON lines, JSON or parquet, also .gz or .zst), folders of them, globs, or folders that
+            ``datasets`` saved to disk; one domain a file (its stem) unless ``domain_column`` is set.
         dataset: name for ``datasets.load_dataset``, instead of files.
-        split: of ``dataset``.
+        configuration, revision, split: of ``dataset``.
         heldout_files: held-out data; default ``heldout_fraction`` of the training data.
         heldout_fraction: part held out, drawn with ``seed``; at least one example a domain.
-        messages_column: list of {role, content}; used where there are no prompt and response columns.
-        prompt_column, response_column: one turn each.
+        format: the form of all records; default recognised in each file.
+        messages_column: list of messages, where its column is neither ``messages`` nor ``conversations``.
+        prompt_column, response_column: one turn each, text or messages.
+        roles: the data's role names to ours, e.g. ``{bot: assistant}``.
+        message_keys: a message's keys, e.g. ``{role: speaker, content: text}``.
         domain_column: names each row's domain.
-        chat_template: Jinja text or a file; default the tokenizer's own.
+        invalid: ``refuse`` stops at a conversation that can't be trained on, and names file and row; ``drop`` leaves
+            such conversations out, and counts them by reason.
+        chat_template: Jinja text, a file, or a name, see :func:`upit.sources.set_chat_template`; default the
+            tokenizer's own.
         trust_remote_code: allow tokenizer code that comes with the files.
     Raises: ValueError, FileNotFoundError: what is wrong with the data: file, line, column, remedy.
     """
@@ -37,13 +49,19 @@ class InstructionDataModule(ConversationDataModule):
         tokenizer: str,
         train_files: list[str] | None = None,
         dataset: str | None = None,
+        configuration: str | None = None,
+        revision: str | None = None,
         split: str = "train",
         heldout_files: list[str] | None = None,
         heldout_fraction: float = 0.05,
-        messages_column: str = "messages",
+        format: FormName | None = None,
+        messages_column: str | None = None,
         prompt_column: str | None = None,
         response_column: str | None = None,
+        roles: dict[str, str] | None = None,
+        message_keys: dict[str, str] | None = None,
         domain_column: str | None = None,
+        invalid: Literal["refuse", "drop"] = "refuse",
         chat_template: str | None = None,
         trust_remote_code: bool = False,
         **kwargs,
@@ -58,16 +76,22 @@ class InstructionDataModule(ConversationDataModule):
             raise ValueError("data.prompt_column and data.response_column go together")
         if not 0.0 < heldout_fraction < 1.0:
             raise ValueError(f"data.heldout_fraction={heldout_fraction} must lie in (0, 1)")
+        for name, value, known in (("format", format, (None, *FORMS)), ("invalid", invalid, ("refuse", "drop"))):
+            if value not in known:
+                raise ValueError(f"data.{name}={value!r} must be one of {[choice for choice in known if choice]}")
+        if wrong := sorted((message_keys or {}).keys() - {"role", "content"}):
+            raise ValueError(f"data.message_keys names {wrong}; it takes role and content")
         self.tokenizer_source = tokenizer
         self.train_files = train_files
         self.dataset = dataset
+        self.configuration = configuration
+        self.revision = revision
         self.split = split
         self.heldout_files = heldout_files
         self.heldout_fraction = heldout_fraction
-        self.messages_column = messages_column
-        self.prompt_column = prompt_column
-        self.response_column = response_column
+        self.forms = Forms(format, messages_column, prompt_column, response_column, roles or {}, message_keys or {})
         self.domain_column = domain_column
+        self.invalid = invalid
         self.template_source = chat_template
         self.chat_template = chat_template and template_text(chat_template)
         self.trust_remote_code = trust_remote_code
@@ -75,15 +99,20 @@ class InstructionDataModule(ConversationDataModule):
     @override
     def source_key(self) -> dict[str, Any]:
         return {
-            "train_files": {name: file_digest(Path(name), "data.train_files") for name in self.train_files or []},
-            "heldout_files": {
-                name: file_digest(Path(name), "data.heldout_files") for name in self.heldout_files or []
-            },
-            "dataset": [content_key(self.dataset), self.split],
+            "train_files": self._digests(self.train_files, "data.train_files"),
+            "heldout_files": self._digests(self.heldout_files, "data.heldout_files"),
+            "dataset": [content_key(self.dataset), self.configuration, self.revision, self.split],
             "heldout": [self.heldout_files, self.heldout_fraction, self.seed],
-            "columns": [self.messages_column, self.prompt_column, self.response_column, self.domain_column],
+            "forms": [vars(self.forms), self.domain_column, self.invalid],
             "tokenizer": [content_key(self.tokenizer_source), self.chat_template],
         }
+
+    def _digests(self, names: list[str] | None, field: str) -> list[Any]:
+        return [
+            [str(file), source.domain, file_digest(file, field)]
+            for source in data_files(names or [], field=field)
+            for file in source.files
+        ]
 
     @override
     def prompt_tokenizer(self) -> Any:
@@ -97,13 +126,26 @@ class InstructionDataModule(ConversationDataModule):
 
     @override
     def make_rows(self) -> tuple[list[Row], list[Row]]:
-        if self.dataset is not None:
-            train = self._rows(load_dataset(self.dataset, split=self.split), self.dataset, self.dataset.split("/")[-1])
-        else:
-            train = self._file_rows(self.train_files or [], "data.train_files")
+        train = list(self.train_rows())
         if self.heldout_files is not None:
-            return train, self._file_rows(self.heldout_files, "data.heldout_files")
+            return train, list(self.heldout_rows())
         return self._split(train)
+
+    def train_rows(self) -> Iterator[Row]:
+        """Stream the training conversations; what is left out is counted in ``dropped``."""
+        self.dropped["train"] = Dropped()
+        if self.dataset is None:
+            yield from self._file_rows(self.train_files or [], "train")
+        else:
+            with loading("data.dataset", self.dataset):
+                records = load_dataset(self.dataset, self.configuration, split=self.split, revision=self.revision)
+            domain = self.dataset.split("/")[-1]
+            yield from self._rows(enumerate(records, 1), self.dataset, domain, self.dropped["train"])
+
+    def heldout_rows(self) -> Iterator[Row]:
+        """Stream the held-out conversations of ``heldout_files``."""
+        self.dropped["heldout"] = Dropped()
+        yield from self._file_rows(self.heldout_files or [], "heldout")
 
     def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         heldout: set[int] = set()
@@ -115,44 +157,40 @@ class InstructionDataModule(ConversationDataModule):
         train = [row for i, row in enumerate(rows) if i not in heldout]
         return train, [rows[i] for i in sorted(heldout)]
 
-    def _file_rows(self, files: list[str], field: str) -> list[Row]:
-        rows: list[Row] = []
-        for name in files:
-            rows += self._rows(read_rows(Path(name), field=field), name, Path(name).stem)
-        return rows
+    def _file_rows(self, names: list[str], part: str) -> Iterator[Row]:
+        field = f"data.{part}_files"
+        sources: dict[Path, DataFile] = {source.path: source for source in data_files(names, field=field)}
+        for path, source in sources.items():
+            yield from self._rows(read_records(path, field=field), str(path), source.domain, self.dropped[part])
 
-    def _rows(self, records: Iterable[dict[str, Any]], source: str, domain: str) -> list[Row]:
-        rows = []
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict):
-                raise ValueError(f"{source}: example {number} is no object of columns: {record!r:.200}")
-            messages = self._messages(record, source)
-            check_messages(messages, f"{source}: example {number}")
-            rows.append(
-                {
-                    "id": f"{source}:{number}",
-                    "domain": str(self._column(record, self.domain_column, source)) if self.domain_column else domain,
-                    "messages": messages,
-                    "metadata": "",
-                }
-            )
-        if not rows:
+    def _rows(self, records: Iterable[tuple[int, Any]], source: str, domain: str, dropped: Dropped) -> Iterator[Row]:
+        form, count, kept = None, 0, 0
+        for number, record in records:
+            count += 1
+            where = f"{source}: example {number}"
+            try:
+                if not isinstance(record, Mapping):
+                    raise ConversationError(f"not an object of columns; got {record!r:.200}")
+                if form is None:
+                    form = self.forms.recognise(record, source)
+                    rank_zero_info(f"{source}: read as {form}")
+                conversation = form.conversation(record)
+            except ConversationError as error:
+                if self.invalid == "refuse":
+                    raise ValueError(f"{where}: {error}. data.invalid=drop leaves such conversations out") from None
+                dropped.add(str(error).partition("; got ")[0], where)
+                continue
+            kept += 1
+            named = str(self._domain(record, source)) if self.domain_column else domain
+            yield {"id": f"{source}:{number}", "domain": named, "metadata": "", **conversation}
+        if not count:
             raise ValueError(f"{source} holds no examples")
-        return rows
+        if not kept:
+            raise ValueError(f"all {count} examples of {source} are dropped: {dropped}")
 
-    def _messages(self, record: dict[str, Any], source: str) -> list[dict[str, str]]:
-        if self.prompt_column is None or self.response_column is None:
-            return self._column(record, self.messages_column, source)
-        return [
-            {"role": "user", "content": self._column(record, self.prompt_column, source)},
-            {"role": "assistant", "content": self._column(record, self.response_column, source)},
-        ]
-
-    @staticmethod
-    def _column(record: dict[str, Any], column: str, source: str) -> Any:
-        if column not in record:
+    def _domain(self, record: Mapping[str, Any], source: str) -> Any:
+        if self.domain_column not in record:
             raise ValueError(
-                f"{source} has no column {column!r}, only {sorted(record)}; "
-                "set data.messages_column, data.domain_column, or data.prompt_column and data.response_column"
+                f"{source} has no column {self.domain_column!r}, only {sorted(record)}; set data.domain_column"
             )
-        return record[column]
+        return record[self.domain_column]

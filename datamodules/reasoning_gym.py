@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row, check_at_least
 from upit.chat_templates import CHATML
-from upit.sources import content_key, load_tokenizer, template_text
+from upit.sources import content_key, load_tokenizer, set_chat_template, template_text
 
 HELDOUT_SEED = 2**31
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -29,7 +29,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         heldout_size: held-out questions a domain.
         tokenizer: as in :class:`InstructionDataModule`; None trains a byte-level BPE on the training text.
         vocab_size: of the trained BPE; the 256 bytes and its special tokens are part of it.
-        chat_template: Jinja text or a file; default the tokenizer's own, ChatML for a trained one.
+        chat_template: as in :class:`InstructionDataModule`; default ChatML for a trained tokenizer.
         system_prompt: first message of every conversation; of a prompt to answer too, unless it has its own.
         trust_remote_code: allow tokenizer code that comes with the files.
     Raises: ValueError: an unknown family, one without reference answers, or one with too few distinct questions.
@@ -177,10 +177,8 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, chat_template: str | N
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token=SPECIAL[0],
-        bos_token=SPECIAL[1],
-        eos_token=SPECIAL[2],
-        chat_template=chat_template or CHATML,
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2], chat_template=CHATML
     )
+    set_chat_template(tokenizer, chat_template)
+    return tokenizer

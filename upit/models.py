@@ -124,8 +124,8 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
 def check_tokenizer(config: PretrainedConfig, tokenizer, *, source: str) -> None:
     """Check that a tokenizer is the model's: its size, its end of turn, and its vocabulary where the model has one.
 
-    Tokens that were added to a vocabulary are not compared: they may be renamed, or added to. Vocabularies in GGUF files
-    are not compared.
+    Tokens that were added to a vocabulary are not compared, they may be renamed. Vocabularies in GGUF
+    files are not compared.
 
     Raises: ValueError: the model's embedding lacks some of the tokenizer's ids, or means other tokens by them.
     """

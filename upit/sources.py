@@ -1,10 +1,13 @@
 """Where models and tokenizers come from: a directory, a hub id, a GGUF file, or a package that ships one."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+
+from upit.chat_templates import TEMPLATES, named_template, training_template
 
 PACKAGE = "package://"
 
@@ -54,15 +57,52 @@ def _package_file(source: str) -> Path:
 
 
 def template_text(chat_template: str) -> str:
-    """Jinja text, given as it is or as a path to it.
+    """Jinja text, given as it is or as a path to it; a name of a template stays as it is.
 
-    Raises: FileNotFoundError: it is no Jinja and no file.
+    Raises: FileNotFoundError: a path to no file.
     """
     if "{" in chat_template:
         return chat_template
-    if not Path(chat_template).is_file():
+    path = Path(chat_template).expanduser()
+    if path.is_file():
+        return path.read_text()
+    if path.suffix or len(path.parts) > 1:
         raise FileNotFoundError(f"data.chat_template={chat_template!r} is neither Jinja text nor a file")
-    return Path(chat_template).read_text()
+    return chat_template
+
+
+def set_chat_template(tokenizer, chat_template: str | None) -> None:
+    """Give a tokenizer the template to train and to answer with.
+
+    Args:
+        chat_template: Jinja text, a path to it, or a name: one of ``upit.chat_templates.TEMPLATES``, one of the
+            tokenizer's own where it has several, or ``own``. None takes the tokenizer's own; where that rewrites
+            earlier turns, the training template of its model family.
+    Raises: ValueError: no template of that name, or the tokenizer lacks its special tokens, or has several.
+    """
+    own = tokenizer.chat_template
+    text = template_text(chat_template) if chat_template is not None else None
+    if text is None and (family := training_template(tokenizer)):
+        warnings.warn(
+            "the tokenizer's own chat template shows earlier turns otherwise than they were generated; the training "
+            f"template {family!r} takes its place, in the export too. data.chat_template=own keeps it",
+            stacklevel=2,
+        )
+        tokenizer.chat_template = TEMPLATES[family].text
+    elif text is None or text == "own":
+        if own is None:
+            raise ValueError("the tokenizer has no chat template; set data.chat_template (Jinja, a file or a name)")
+        if isinstance(own, dict) and "default" not in own:
+            raise ValueError(
+                f"the tokenizer has several chat templates; set data.chat_template to one of {sorted(own)}"
+            )
+    elif "{" in text:
+        tokenizer.chat_template = text
+    else:
+        names = [*TEMPLATES, *(own if isinstance(own, dict) else []), "own"]
+        if text not in names:
+            raise ValueError(f"data.chat_template={text!r} is neither Jinja text, nor a file, nor one of {names}")
+        tokenizer.chat_template = named_template(text, tokenizer)
 
 
 def content_key(source: str | None) -> Any:
@@ -80,10 +120,11 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
 
     Args:
         source: see :func:`resolve`.
-        chat_template: Jinja text or a path to it; replaces the tokenizer's own.
+        chat_template: see :func:`set_chat_template`.
     Raises:
         FileNotFoundError: no such source.
-        ValueError: neither the tokenizer nor ``chat_template`` gives a chat template.
+        ValueError: neither the tokenizer nor ``chat_template`` gives a chat template; see also
+            :func:`set_chat_template`.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -94,8 +135,5 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(AutoConfig.from_pretrained(name, **kwargs).eos_token_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        tokenizer.chat_template = template_text(chat_template)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {source!r} has no chat template; set data.chat_template (Jinja or a file)")
+    set_chat_template(tokenizer, chat_template)
     return tokenizer

@@ -199,9 +199,12 @@ def test_prompts_that_are_not_there_are_named(make_loaded, tmp_path):
         make_loaded().predict_dataloader()
     with pytest.raises(FileNotFoundError, match=r"data\.predict_file: .*nowhere"):
         make_loaded(predict_file=str(tmp_path / "nowhere.jsonl")).predict_dataloader()
-    unnamed = write_jsonl(tmp_path / "unnamed.jsonl", [{"prompt": "Hi"}, {"question": "Hi"}])
+    unnamed = write_jsonl(tmp_path / "unnamed.jsonl", [{"prompt": "Hi"}, {"query": "Hi"}])
     with pytest.raises(ValueError, match=r"unnamed\.jsonl: prompt 2"):
         make_loaded(predict_file=unnamed).predict_dataloader()
+    (tmp_path / "text.jsonl").write_text('"just text"\n')
+    with pytest.raises(ValueError, match=r"text\.jsonl: prompt 1: not an object of columns; got 'just text'"):
+        make_loaded(predict_file=str(tmp_path / "text.jsonl")).predict_dataloader()
     (tmp_path / "broken.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n{\n")
     with pytest.raises(ValueError, match=r"broken\.jsonl:2"):
         make_loaded(predict_file=str(tmp_path / "broken.jsonl")).predict_dataloader()

@@ -122,23 +122,18 @@ def test_cut_and_dropped_examples_are_counted_and_reported(make_instruction, tmp
     heldout = write_jsonl(tmp_path / "heldout.jsonl", ROWS[10:])
     module = make_instruction(train_files=[write_jsonl(tmp_path / "a.jsonl", rows)], heldout_files=[heldout])
     module.prepare_data()
-    with pytest.warns(
-        UserWarning, match=r"train: 3 of 13 examples are longer than max_length=96: cut; 2 have no response"
-    ):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         module.setup("fit")
+    texts = [str(warning.message) for warning in warned]
+    assert "train: 3 of 13 examples are longer than max_length=96: cut" in texts
+    first = f"{tmp_path / 'a.jsonl'}:12"
+    assert f"train: 2 of 13 examples are dropped: 2: no response within max_length (first {first})" in texts
     assert module.stats["train"]["cut"] == 3
     assert module.stats["train"]["dropped"] == 2
     assert len(module.train_set) == module.stats["train"]["examples"] == 11
     assert max(len(row["input_ids"]) for row in module.train_set) == 96
     assert all(any(label != IGNORE for label in row["labels"]) for row in module.train_set)
-
-
-def test_examples_that_never_had_a_response_are_reported_too(make_instruction, tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"messages": turns("Hi")}])
-    module = make_instruction(train_files=[file], heldout_files=[as_jsonl(tmp_path)])
-    module.prepare_data()
-    with pytest.warns(UserWarning, match=r"train: 0 of 21 examples .* 1 have no response \(left\): dropped"):
-        module.setup("fit")
 
 
 def test_nothing_is_reported_where_nothing_is_cut(make_instruction, tmp_path):
@@ -278,7 +273,7 @@ def test_a_broken_line_is_named_by_file_and_number(make_instruction, tmp_path):
     with pytest.raises(ValueError, match=r"sums\.jsonl:3: broken JSON line"):
         make_instruction(train_files=[str(file)]).prepare_data()
     broken = tmp_path / "sums.json"
-    broken.write_text('[\n{"messages": 1},\n{oops}\n]')
+    broken.write_text(f"[\n{json.dumps(ROWS[0])},\n{{oops}}\n]")
     with pytest.raises(ValueError, match=r"sums\.json:3: broken JSON"):
         make_instruction(train_files=[str(broken)]).prepare_data()
 
@@ -301,9 +296,9 @@ def test_missing_empty_and_unknown_files_are_named(make_instruction, tmp_path):
     with pytest.raises(ValueError, match=r"blank\.jsonl holds no examples"):
         make_instruction(train_files=[str(tmp_path / "blank.jsonl")]).prepare_data()
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"table\.csv is none of .jsonl, .json, .parquet"):
+    with pytest.raises(ValueError, match=r"table\.csv has an unsupported file type, expected \.jsonl"):
         make_instruction(train_files=[str(tmp_path / "table.csv")]).prepare_data()
-    with pytest.raises(ValueError, match=r"^data\.heldout_files: .*table\.csv is none of"):
+    with pytest.raises(ValueError, match=r"^data\.heldout_files: .*table\.csv has an unsupported"):
         make_instruction(train_files=[as_jsonl(tmp_path)], heldout_files=[str(tmp_path / "table.csv")]).prepare_data()
 
 
@@ -315,7 +310,6 @@ def test_missing_empty_and_unknown_files_are_named(make_instruction, tmp_path):
         "Hi",
         {"role": "user", "content": "Hi"},
         [{"role": "user"}],
-        [{"role": "user", "content": None}],
         ["Hi"],
     ],
 )
@@ -327,14 +321,14 @@ def test_messages_of_another_shape_are_named(make_instruction, tmp_path, message
 
 def test_prompts_and_responses_that_are_no_text_are_named(make_instruction, tmp_path):
     file = write_jsonl(tmp_path / "rows.jsonl", [{"q": "2 + 2?", "a": 4}])
-    with pytest.raises(ValueError, match=r"rows\.jsonl: example 1: .*'content': 4"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: example 1: content must be text; got 4"):
         make_instruction(train_files=[file], prompt_column="q", response_column="a").prepare_data()
 
 
-@pytest.mark.parametrize("content", ['{"train": []}', '["Hi"]', "[[1]]"])
+@pytest.mark.parametrize("content", ["5", '["Hi"]', "[[1]]"])
 def test_examples_that_are_no_objects_are_named(make_instruction, tmp_path, content):
     (tmp_path / "rows.json").write_text(content)
-    with pytest.raises(ValueError, match=r"rows\.json: example 1 is no object of columns"):
+    with pytest.raises(ValueError, match=r"rows\.json: example 1: not an object of columns"):
         make_instruction(train_files=[str(tmp_path / "rows.json")]).prepare_data()
 
 
@@ -387,7 +381,7 @@ def test_a_broken_template_is_named_with_its_line(make_instruction, tmp_path):
 
 def test_a_broken_parquet_file_is_named(make_instruction, tmp_path):
     (tmp_path / "a.parquet").write_text("nothing")
-    with pytest.raises(ValueError, match=r"data\.train_files: .*a\.parquet is no parquet file"):
+    with pytest.raises(ValueError, match=r"data\.train_files: .*a\.parquet is not a valid parquet file"):
         make_instruction(train_files=[str(tmp_path / "a.parquet")]).prepare_data()
 
 
