@@ -20,7 +20,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from upit.examples import IGNORE
-from upit.generation import Closing, closing, special_ids, stop_ids
+from upit.generation import Closing, closing, special_tokens, stop_ids
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]  # id, domain, messages; may have tools and metadata
@@ -236,7 +236,7 @@ class Encoder:
     def __init__(self, tokenizer, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.special = special_ids(tokenizer)
+        self.special = special_tokens(tokenizer)
         self._known: dict[str, Tokens] = {}
 
     def tokenise(self, texts: Iterable[str]) -> list[Tokens]:
@@ -278,8 +278,9 @@ class Encoder:
         if tokens.offsets is None:
             return 0, text[:end]
         for j in range(bisect_right(tokens.offsets, end, key=END) - 1, -1, -1):
-            if tokens.ids[j] in self.special:
-                return j, text[tokens.offsets[j][0] : end]
+            a, b = tokens.offsets[j]
+            if tokens.ids[j] in self.special and text[a:b].strip() == self.special[tokens.ids[j]]:
+                return j, text[a:end]
         return 0, text[:end]
 
     def _prompt_tokens(self, text: str, tokens: Tokens, end: int) -> int | None:
@@ -296,15 +297,20 @@ class Encoder:
         if item.turns and self._prompt_tokens(item.text, tokens, item.turns[-1].prompt) is None:
             tokens, merged = self._appended(item.text, tokens, item.turns[-1]), 1
         starts = {turn.message: self._prompt_tokens(item.text, tokens, turn.prompt) for turn in item.turns}
+        if item.turns and starts[item.turns[-1].message] is None:
+            raise ValueError(f"{item.row['id']}: the tokenizer tokenises a prompt otherwise within a conversation")
         own = [turn for turn in item.turns if starts[turn.message] is not None]
         ids, labels = tokens.ids[: self.max_length], [IGNORE] * len(tokens.ids)
         last: Turn | None = None
         for turn in own:
-            for a, b in self._spans(item.text, tokens, turn, starts[turn.message] or 0):
+            spans = self._spans(item.text, tokens, turn, starts[turn.message] or 0)
+            if merged and turn is item.turns[-1] and tokens.offsets is None:
+                spans = [(starts[turn.message] or 0, len(tokens.ids))]
+            for a, b in spans:
                 labels[a:b] = tokens.ids[a:b]
                 last = turn if max(a, 1) < min(b, self.max_length) else last
         labels[:1] = [IGNORE] * len(labels[:1])
-        row = item.row
+        row, cut = item.row, len(tokens.ids) > self.max_length
         example = {
             "id": f"{row['id']}#{item.turns[-1].message + 1}" if item.apart else row["id"],
             "domain": row["domain"],
@@ -313,9 +319,9 @@ class Encoder:
             "prompt_length": (starts[last.message] or 0) if last else 0,
             "answer": row["messages"][last.message].get("content") or "" if last else "",
             "metadata": row.get("metadata", ""),
-            "cut": len(tokens.ids) > self.max_length,
+            "cut": cut,
             "merged": merged,
-            "reason": "" if last else "no response within max_length" if own else "no response",
+            "reason": "" if last else "no response within max_length" if own and cut else "no response",
         }
         return example, [turn.message for turn in item.turns if starts[turn.message] is None]
 
@@ -341,20 +347,33 @@ class Encoder:
         first, tail = self._tail(text, tokens, turn.prompt)
         prompt, begin = self._known[tail], turn.prompt - len(tail)
         end = max((b for _, b in turn.spans), default=turn.prompt)
-        whole = self._decode(self.tokenise([text[begin:end]])[0].ids)
+        own = self._own_tokens(prompt.ids, text[begin:end], text[turn.prompt : end])
+        ids = tokens.ids[:first] + prompt.ids + own.ids
+        if tokens.offsets is None or prompt.offsets is None or own.offsets is None:
+            return Tokens(ids, None)
+        moved = _moved(prompt.offsets, begin) + _moved(own.offsets, turn.prompt)
+        return Tokens(ids, tokens.offsets[:first] + moved)
+
+    def _own_tokens(self, prompt: list[int], whole: str, response: str) -> Tokens:
+        """A response's own tokens, such that they give the whole text behind those of its prompt.
+
+        Tokenised alone, a response would get a space in front from some tokenizers. So it is tokenised behind a text
+        whose tokens are left out again.
+
+        Raises: ValueError: there are no such tokens.
+        """
+        expected = self._decode(self.tokenise([whole])[0].ids)
+        candidates = []
         for anchor in [*self.tokenizer.all_special_tokens, *ANCHORS]:
-            ids, offsets = self.tokenise([anchor + text[turn.prompt : end]])[0]
+            ids, offsets = self.tokenise([anchor + response])[0]
             skip = len(self.tokenise([anchor])[0].ids)
-            if self._decode(prompt.ids + ids[skip:]) != whole:
-                continue
-            if tokens.offsets is None or prompt.offsets is None or offsets is None:
-                return Tokens(prompt.ids + ids[skip:], None)
-            own = _moved(offsets[skip:], turn.prompt - len(anchor))
-            return Tokens(
-                tokens.ids[:first] + prompt.ids + ids[skip:],
-                tokens.offsets[:first] + _moved(prompt.offsets, begin) + own,
-            )
-        raise ValueError(f"the tokenizer has no tokens for a response behind its prompt: {text[begin:end]!r:.200}")
+            candidates.append(Tokens(ids[skip:], offsets and _moved(offsets[skip:], -len(anchor))))
+            if self._decode(prompt + ids[skip:]) == expected:
+                return candidates[-1]
+        for own in candidates:  # a special token that takes the spaces before it
+            if "".join(self._decode(prompt + own.ids).split()) == "".join(expected.split()):
+                return own
+        raise ValueError(f"the tokenizer has no tokens for a response behind its prompt: {whole!r:.200}")
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -22,9 +22,10 @@ class Closing(NamedTuple):
     token: int | None  # id of the end-of-turn token
 
 
-def special_ids(tokenizer) -> set[int]:
-    """Ids that a tokenizer never merges with text: its added and its special tokens."""
-    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+def special_tokens(tokenizer) -> dict[int, str]:
+    """The tokens that a tokenizer never merges with text, its added and its special ones: id to text."""
+    ids = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return {token: tokenizer.convert_ids_to_tokens(token) for token in ids}
 
 
 def closing(tokenizer, tools: list[dict[str, Any]] | None = None) -> Closing:
@@ -37,10 +38,10 @@ def closing(tokenizer, tools: list[dict[str, Any]] | None = None) -> Closing:
     rendered = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
     _, found, text = rendered.rpartition(PROBE)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if found and text else []
-    special = special_ids(tokenizer)
+    special = special_tokens(tokenizer)
     for token in ids:
-        name = tokenizer.convert_ids_to_tokens(token)
-        if token in special and name in text:
+        name = special.get(token, "")
+        if name and name in text:
             return Closing(text, text[: text.index(name) + len(name)], token)
     return Closing(text if found else "", "", None)
 
