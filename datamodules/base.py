@@ -14,14 +14,14 @@ import lightning as L
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from datamodules.chat import check_template, encode_batch, warn_without_end
 from datamodules.files import read_records
 from datamodules.forms import ConversationError, Dropped, check_text, prompt_messages
+from datamodules.loader import ResumableLoader, ResumableSampler
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
@@ -74,7 +74,7 @@ class ConversationDataModule(L.LightningDataModule):
         self.predict_file = predict_file
         self.num_workers = num_workers
         self.seed = seed
-        self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if order_seed is None else order_seed
+        self.order_seed = order_seed
         self.cache_dir = Path(cache_dir)
         self.tokenizer: Any = None
         self.invalid = "refuse"  # what is done about conversations that the template refuses
@@ -111,6 +111,20 @@ class ConversationDataModule(L.LightningDataModule):
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """Whether a completion answers an example: equal up to white space."""
         return completion.split() == example["answer"].split()
+
+    def identity(self) -> dict[str, Any]:
+        """All that a resumed run must find again, in plain types; complete once the data is set up."""
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "content": self.folder.name,  # source, tokenizer, template, seed and max_length
+            "max_length": self.max_length,
+            "packing": self.packing,
+            "batch_size": self.batch_size,
+            "train_domains": self.train_domains,
+            "seed": self.seed,
+            "order_seed": self._order_seed,
+            "eval_batch_tokens": self.eval_batch_tokens,
+        }
 
     # --- tokenised once ------------------------------------------------------------------------------
 
@@ -179,6 +193,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self._order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.order_seed is None else self.order_seed
         if self.tokenizer is not None:
             return
         if stage == "predict" and (tokenizer := self.prompt_tokenizer()) is not None:
@@ -235,15 +250,9 @@ class ConversationDataModule(L.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def _sampler(self, rows: list, *, shuffle: bool) -> StatefulDistributedSampler:
-        world, rank = self._world
-        return StatefulDistributedSampler(
-            rows, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.order_seed, drop_last=shuffle
-        )
-
     @override
-    def train_dataloader(self) -> StatefulDataLoader:
-        world, _ = self._world
+    def train_dataloader(self) -> ResumableLoader:
+        world, rank = self._world
         if self.batch_size % world:
             raise ValueError(f"data.batch_size={self.batch_size} must be divisible by the {world} processes")
         if len(self.rows) < (self.batch_size if self.packing else 1):
@@ -251,23 +260,22 @@ class ConversationDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} but the training data fills only {len(self.rows)} rows of "
                 f"data.max_length={self.max_length} tokens; lower one of them or add data"
             )
-        if self.packing:
-            return StatefulDataLoader(
-                self.rows,
-                batch_size=self.batch_size // world,
-                sampler=self._sampler(self.rows, shuffle=True),
-                collate_fn=self._collate_packed,
-                num_workers=self.num_workers,
-                pin_memory=torch.cuda.is_available(),
-                drop_last=True,
-            )
-        return StatefulDataLoader(
-            self.rows,
-            batch_size=None,
-            sampler=StatefulDistributedSampler(self.rows, num_replicas=1, rank=0, shuffle=True, seed=self.order_seed),
-            collate_fn=self._collate_grouped,
+        # packed rows are dealt to the ranks; of a batch grouped by length, every rank takes its part
+        sampler = ResumableSampler(
+            self.rows,  # type: ignore[arg-type]
+            num_replicas=world if self.packing else 1,
+            rank=rank if self.packing else 0,
+            seed=self._order_seed,
+            drop_last=True,
+        )
+        return ResumableLoader(
+            self.rows,  # type: ignore[arg-type]
+            batch_size=self.batch_size // world if self.packing else None,
+            sampler=sampler,
+            collate_fn=self._collate_packed if self.packing else self._collate_grouped,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            drop_last=self.packing,
         )
 
     def _collate_packed(self, rows: list[list[int]]) -> Batch:
@@ -283,7 +291,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader:
-        world, _ = self._world
+        world, rank = self._world
         lengths = [len(row["input_ids"]) for row in self.heldout_set]
         groups = length_grouped(range(len(lengths)), lengths, max_tokens=self.eval_batch_tokens)
         # every rank takes the same number of batches; the ones added for that count for nothing
@@ -292,7 +300,12 @@ class ConversationDataModule(L.LightningDataModule):
         return DataLoader(
             batches,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self._sampler(batches, shuffle=False),
+            sampler=DistributedSampler(
+                batches,  # type: ignore[arg-type]
+                num_replicas=world,
+                rank=rank,
+                shuffle=False,
+            ),
             collate_fn=self._collate_heldout,  # type: ignore[arg-type]
         )
 
@@ -317,8 +330,11 @@ class ConversationDataModule(L.LightningDataModule):
             list(enumerate(self.predict_set)),  # type: ignore[arg-type]
             batch_size=16,
             collate_fn=self._collate_prompts,
-            sampler=StatefulDistributedSampler(
-                self.predict_set, num_replicas=self._world[0], rank=self._world[1], shuffle=False
+            sampler=DistributedSampler(
+                self.predict_set,  # type: ignore[arg-type]
+                num_replicas=self._world[0],
+                rank=self._world[1],
+                shuffle=False,
             ),
         )
 

@@ -15,6 +15,7 @@ from lightning_modules import horizon
 from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import AdamW, adamw
+from lightning_modules.progress import settle
 from upit.checkpoints import IDENTITY, identity_of, read_identity
 from upit.distributed import all_sum, world_size
 from upit.examples import IGNORE, Batch
@@ -178,6 +179,11 @@ class CausalLMModule(EvaluatedModule):
     # --- steps ---------------------------------------------------------------------------------------
 
     @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # the loggers' step, which Lightning may count once too often after a resume
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.compiler.set_stance("default"):
             loss, terms, tokens = self.active.objective(batch)
@@ -290,6 +296,8 @@ class CausalLMModule(EvaluatedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self.identity()
         checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
+        if self.trainer.state.fn == "fit":
+            settle(checkpoint["loops"]["fit_loop"], self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from callbacks import WriteAnswers, answers
 
@@ -13,7 +13,7 @@ from callbacks import WriteAnswers, answers
 @pytest.mark.parametrize(("count", "world"), [(5, 1), (5, 2), (8, 2), (3, 4), (17, 3)])
 def test_answers_stand_in_the_order_of_the_prompts(tmp_path, monkeypatch, count, world):
     """Ranks played in turn: each hands in its share of a batch as the sampler deals it."""
-    samplers = [StatefulDistributedSampler(range(count), world, rank, shuffle=False) for rank in range(world)]
+    samplers = [DistributedSampler(range(count), world, rank, shuffle=False) for rank in range(world)]
     shares = [[list(sampler)[i : i + 2] for i in range(0, len(sampler), 2)] for sampler in samplers]
     writer, trainer = WriteAnswers(), SimpleNamespace(default_root_dir=tmp_path / "run")
     writer.on_predict_start(trainer, None)

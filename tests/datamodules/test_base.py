@@ -110,10 +110,22 @@ def test_the_run_s_seed_orders_the_data_and_does_not_change_it(make_loaded, pack
     assert order(of_run(0)) == order(of_run(2, order_seed=0)), "data.seed's own default"
 
 
+def test_the_run_s_seed_may_be_set_after_the_module_is_built(make_instruction, tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns("Hi", f"{i}")} for i in range(60)])
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    module = make_instruction(train_files=[file], num_workers=1)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert ready(module).train_dataloader().sampler.seed == 7
+    assert module.identity()["order_seed"] == 7
+    other = ready(make_instruction(train_files=[file], order_seed=7))
+    assert other.identity() == module.identity(), "the number of workers is no part of it"
+    assert ready(make_instruction(train_files=[file], packing=False)).identity() != module.identity()
+    assert json.loads(json.dumps(module.identity())) == module.identity()
+
+
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_state_in_the_middle_of_an_epoch(make_loaded, packing, num_workers):
-    loader = make_loaded(packing=packing, num_workers=num_workers).train_dataloader()
+def test_state_in_the_middle_of_an_epoch_for_any_number_of_workers(make_loaded, packing):
+    loader = make_loaded(packing=packing, num_workers=1).train_dataloader()
     loader.sampler.set_epoch(1)
     rest, state = [], None
     for number, batch in enumerate(loader):
@@ -121,12 +133,15 @@ def test_state_in_the_middle_of_an_epoch(make_loaded, packing, num_workers):
             state = loader.state_dict()
         elif number > 1:
             rest.append(batch["input_ids"])
-    resumed = make_loaded(packing=packing, num_workers=num_workers).train_dataloader()
-    resumed.load_state_dict(state)
-    resumed.sampler.set_epoch(1)
-    again = [batch["input_ids"] for batch in resumed]
-    assert len(again) == len(rest) > 0
-    assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))
+    assert state == {"epoch": 1, "batches_done": 2}
+    for num_workers in (0, 2):
+        resumed = make_loaded(packing=packing, num_workers=num_workers).train_dataloader()
+        resumed.load_state_dict(state)
+        resumed.sampler.set_epoch(1)
+        again = [batch["input_ids"] for batch in resumed]
+        assert len(again) == len(rest) > 0
+        assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))
+        assert len(list(resumed)) == len(resumed), "the next iteration is a whole epoch"
 
 
 @pytest.mark.parametrize("packing", [True, False])
