@@ -1,34 +1,39 @@
 """What every instruction data module shares: tokenising once, the cache, and the loaders."""
 
-import hashlib
-import json
+import math
 import os
-import tempfile
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from zipfile import BadZipFile
 
 import lightning as L
+import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from datamodules.chat import check_template, encode_batch, warn_without_end
+from datamodules.cache import is_whole, make_entry
+from datamodules.chat import check_template, warn_without_end
 from datamodules.files import read_records
 from datamodules.forms import ConversationError, Dropped, check_text, prompt_messages
 from datamodules.loader import ResumableLoader, ResumableSampler
-from datamodules.packing import group_by_length, pack
+from datamodules.order import DomainBlocks, Drifting, Order, Shuffled
+from datamodules.packing import Rows, group_by_length, pack
+from datamodules.split import Split, chosen_examples, domain_name, split_by_content, split_given
+from datamodules.table import INDEX, Examples, TableWriter
+from datamodules.tokenising import tokenised
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
-from upit.files import read_json, write_json
+from upit.files import digest, read_json, write_json
 
 PAD_MULTIPLE = 64
-BATCH_ROWS = 256  # tokenised in one call
-CACHE_VERSION = 3  # raised when the same source gives other examples than before
+CACHE_VERSION = 4  # raised when the same source gives other examples than before
+ORDERS = ("shuffled", "domain_blocks", "drifting")
 Row = dict[str, Any]  # id, domain, messages, metadata
 
 
@@ -48,7 +53,17 @@ class ConversationDataModule(L.LightningDataModule):
         order_seed: of the order of the rows, another in each epoch; default the run's ``seed_everything``, so that
             runs of several seeds see the same data in other orders.
         cache_dir: where tokenised data is kept under a fingerprint of all it depends on.
+        order: ``shuffled``; ``domain_blocks``: one domain after the other, each once an epoch; or ``drifting``: the
+            domains' shares of the mixture rise and fall linearly, one peak after the other. See
+            :mod:`datamodules.order`. Not the paper's.
+        drift_floor: part of each domain that ``drifting`` spreads over the whole epoch, so that no domain is ever
+            absent; ours.
+        domain_weights: how often a domain's examples are trained on in an epoch, default 1; 0.5 takes a random half.
+        domain_caps: most examples of a domain in an epoch.
+        num_processes: processes that tokenise; default one a core. The result does not depend on it.
     """
+
+    heldout_fraction = 0.05  # of each domain, where make_rows gives no held-out rows
 
     def __init__(
         self,
@@ -62,9 +77,23 @@ class ConversationDataModule(L.LightningDataModule):
         seed: int = 0,
         order_seed: int | None = None,
         cache_dir: str = ".cache/upit",
+        order: Literal["shuffled", "domain_blocks", "drifting"] = "shuffled",
+        drift_floor: float = 0.2,
+        domain_weights: dict[str, float] | None = None,
+        domain_caps: dict[str, int] | None = None,
+        num_processes: int | None = None,
     ) -> None:
         super().__init__()
         check_at_least(1, max_length=max_length, batch_size=batch_size, eval_batch_tokens=eval_batch_tokens)
+        check_at_least(1, num_processes=1 if num_processes is None else num_processes)
+        if order not in ORDERS:
+            raise ValueError(f"data.order={order!r} must be one of {ORDERS}")
+        if not 0.0 <= drift_floor <= 1.0:
+            raise ValueError(f"data.drift_floor={drift_floor} must lie in [0, 1]")
+        for name, weight in (domain_weights or {}).items():
+            if not 0.0 <= weight < math.inf:
+                raise ValueError(f"data.domain_weights: {name}: {weight} must be 0 or more")
+        check_at_least(0, **{f"domain_caps.{name}": cap for name, cap in (domain_caps or {}).items()})
         check_at_least(0, num_workers=num_workers)
         self.max_length = max_length
         self.packing = packing
@@ -76,21 +105,36 @@ class ConversationDataModule(L.LightningDataModule):
         self.seed = seed
         self.order_seed = order_seed
         self.cache_dir = Path(cache_dir)
+        self.order = order
+        self.drift_floor = drift_floor
+        self.domain_weights = domain_weights or {}
+        self.domain_caps = domain_caps or {}
+        self.num_processes = num_processes
         self.tokenizer: Any = None
         self.invalid = "refuse"  # what is done about conversations that the template refuses
         self.dropped = {"train": Dropped(), "heldout": Dropped()}  # conversations left out before tokenising
+        self._folder: Path | None = None
+        self._domain_names: dict[str, str] = {}  # as in tags: as in the data
+        self._made_rows: tuple[int, Rows] | None = None
 
     @abstractmethod
     def source_key(self) -> dict[str, Any]:
         """All that the rows and the tokenizer depend on, in plain types."""
 
     @abstractmethod
-    def make_rows(self) -> tuple[list[Row], list[Row]]:
-        """Training and held-out rows; runs once, then the cache serves."""
+    def make_rows(self) -> tuple[Iterable[Row], Iterable[Row] | None]:
+        """Training and held-out rows, or None to hold out ``heldout_fraction`` of each domain.
+
+        Runs once, then the cache serves. Rows may be a stream, which is read once.
+        """
 
     @abstractmethod
-    def make_tokenizer(self, train_rows: list[Row]) -> Any:
-        """The tokenizer, which may be trained on the training rows; runs once, then the cache serves."""
+    def make_tokenizer(self, train_rows: Iterable[Row]) -> Any:
+        """The tokenizer, which may be trained on the training rows if they are a list; runs once, as above."""
+
+    def count_rows(self, part: str) -> int | None:
+        """About how many rows a stream will give, for the progress bar; None where it is not known."""
+        return None
 
     def prompt_tokenizer(self) -> Any:
         """The tokenizer for prompts alone, made without the data; None where it is trained on the data."""
@@ -121,6 +165,10 @@ class ConversationDataModule(L.LightningDataModule):
             "packing": self.packing,
             "batch_size": self.batch_size,
             "train_domains": self.train_domains,
+            "domain_weights": self.domain_weights,
+            "domain_caps": self.domain_caps,
+            "order": self.order,
+            "drift_floor": self.drift_floor if self.order == "drifting" else None,
             "seed": self.seed,
             "order_seed": self._order_seed,
             "eval_batch_tokens": self.eval_batch_tokens,
@@ -130,66 +178,87 @@ class ConversationDataModule(L.LightningDataModule):
 
     @property
     def folder(self) -> Path:
-        key = json.dumps([CACHE_VERSION, self.source_key(), self.max_length], sort_keys=True)
-        return self.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:20]
+        """The cache's entry: named by all that it depends on."""
+        return self._folder or self.cache_dir / self._key()
+
+    def _key(self) -> str:
+        return digest([CACHE_VERSION, self.source_key(), self.max_length])[:20]
 
     @override
     def prepare_data(self) -> None:
         if self._predicts and self.prompt_tokenizer() is not None:
             return
-        if (self.folder / "stats.json").exists():
+        self._folder = self.cache_dir / self._key()
+        if is_whole(self._folder, digests=True):
             return
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"data.cache_dir={str(self.cache_dir)!r} can't be written: {error}") from None
-        with tempfile.TemporaryDirectory(prefix="unfinished.", dir=self.cache_dir) as beside:
-            self._prepare(Path(beside) / "data")
-            try:
-                (Path(beside) / "data").rename(self.folder)
-            except OSError:  # a fit started together with this one was first: the same data
-                if not (self.folder / "stats.json").exists():
-                    raise
+        waiting = f"{self._folder}: another process is preparing this data; waiting for it"
+        make_entry(self._folder, self._prepare, wait_notice=waiting)
 
     def _prepare(self, folder: Path) -> None:
         train, heldout = self.make_rows()
         tokenizer = self.make_tokenizer(train)
         check_template(tokenizer)
         tokenizer.save_pretrained(folder / "tokenizer")
+        writer = TableWriter(folder)
+        self._tokenise(tokenizer, train, writer, "train")
+        if heldout is not None:
+            self._tokenise(tokenizer, heldout, writer, "heldout")
+        kept, names = writer.close(), list(writer.domain_names)
+        split = self._split(kept, names, given=heldout is not None)
+        if self.folder.name != self._key():
+            raise ValueError("a file of the data was written to while it was read; start again when it is complete")
+        np.savez(
+            folder / INDEX, lengths=kept["lengths"], domains=kept["domains"], train=split.train, heldout=split.heldout
+        )
         stats = {
-            name: self._tokenise(tokenizer, rows, folder / name)
-            for name, rows in (("train", train), ("heldout", heldout))
+            name: _counts(kept, places, self.dropped[name])
+            for name, places in (("train", split.train), ("heldout", split.heldout))
         }
-        write_json(folder / "stats.json", stats)
+        stats["train"]["copies"], stats["heldout"]["cut"] = split.copies, split.cut
+        write_json(folder / "stats.json", {**stats, "domains": names})
 
-    def _tokenise(self, tokenizer, rows: list[Row], folder: Path) -> dict[str, Any]:
-        encoded = []
-        for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=f"Tokenising {folder.name}", leave=False):
-            encoded += encode_batch(
-                tokenizer, rows[start : start + BATCH_ROWS], max_length=self.max_length, invalid=self.invalid
-            )
-        cut, merged = (sum(example.pop(key) for example in encoded) for key in ("cut", "merged"))
-        dropped = self.dropped[folder.name]
-        for example in encoded:
-            if example["reason"]:
-                dropped.add(example["reason"], example["id"])
-        kept = [example for example in encoded if not example.pop("reason")]
-        if not kept:
-            raise ValueError(
-                f"none of the {len(rows)} {folder.name} examples has a response within "
-                f"data.max_length={self.max_length} tokens; raise it"
-            )
-        disable_progress_bars()
-        Dataset.from_list(kept).save_to_disk(folder)
-        tokens = sum(len(example["input_ids"]) for example in kept)
-        return {
-            "examples": len(kept),
-            "tokens": tokens,
-            "cut": cut,
-            "dropped": sum(own["count"] for own in dropped.reasons.values()),
-            "reasons": dropped.reasons,
-            "merged": merged,
-        }
+    def _tokenise(self, tokenizer, rows: Iterable[Row], writer: TableWriter, part: str) -> None:
+        """Write the examples of some rows; those without tokens are counted in ``dropped``."""
+        settings = {"max_length": self.max_length, "invalid": self.invalid, "processes": self.num_processes}
+        total = self.count_rows(part) if not isinstance(rows, Sized) else len(rows)
+        escaped = self._escaped(rows)
+        with tqdm(total=total, desc=f"Tokenising {part}", unit=" rows", leave=False) as bar:
+            for chunk in tokenised(tokenizer, escaped, **settings):
+                writer.write(chunk.batch, heldout=part == "heldout")
+                for reason, where in chunk.dropped:
+                    self.dropped[part].add(reason, where)
+                bar.update(chunk.rows)
+
+    def _escaped(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, their domains named as in tags. Raises: ValueError: two domains would have one name."""
+        for row in rows:
+            name = domain_name(row["domain"])
+            if (other := self._domain_names.setdefault(name, row["domain"])) != row["domain"]:
+                raise ValueError(
+                    f"the domains {other!r} and {row['domain']!r} both become {name!r}; rename one of them"
+                )
+            yield {**row, "domain": name}
+
+    def _split(self, kept: dict[str, Any], names: list[str], *, given: bool) -> Split:
+        columns = {name: kept[name] for name in ("conversations", "cut")}
+        if given:
+            split = split_given(heldout=kept["heldout"], **columns)
+        else:
+            split = split_by_content(
+                domains=kept["domains"], domain_names=names, further=kept["further"],
+                fraction=self.heldout_fraction, seed=self.seed, **columns,
+            )  # fmt: skip
+        for part, places in (("train", split.train), ("heldout", split.heldout)):
+            asked = kept["heldout"] == (part == "heldout") if given else np.ones(len(kept["cut"]), bool)
+            count = int(asked.sum()) + self.dropped[part].count
+            if not asked.any():
+                raise ValueError(
+                    f"none of the {count} {part if given else 'train'} examples has a response within "
+                    f"data.max_length={self.max_length} tokens; raise it"
+                )
+            if not len(places):
+                raise ValueError(_nothing_left(part, split, given))
+        return split
 
     @override
     def setup(self, stage: str) -> None:
@@ -201,48 +270,131 @@ class ConversationDataModule(L.LightningDataModule):
             return
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        self._folder = self.folder
+        if not is_whole(self._folder):
+            raise FileNotFoundError(
+                f"the data is not in the cache, {str(self._folder)!r}: a file of it changed since prepare_data, or "
+                "prepare_data did not run on this machine"
+            )
+        self.tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer")
         warn_without_end(self.tokenizer, self.template_name)
-        self.train_set: list = load_from_disk(self.folder / "train").to_list()
-        if self.train_domains is not None:
-            self.train_set = self._of_domains(self.train_set, self.train_domains)
-        self.heldout_set: list = load_from_disk(self.folder / "heldout").to_list()
-        self.domains = sorted({row["domain"] for row in self.heldout_set})
-        self.stats = read_json(self.folder / "stats.json")
+        self.stats = read_json(self._folder / "stats.json")
+        names = self.stats.pop("domains")
+        with np.load(self._folder / INDEX) as index:
+            about = {"lengths": index["lengths"], "domain_ids": index["domains"], "domain_names": names}
+            self.train_set = Examples(
+                self._folder, self._epoch_of(index["train"], about["domain_ids"], names), **about
+            )
+            self.heldout_set = Examples(self._folder, index["heldout"], **about)
+        self.domains = sorted(names[i] for i in np.unique(self.heldout_set.domain_ids))
+        self._warn()
+        self.longest_example = int(self.train_set.lengths.max())  # one for all batches
+
+    def _epoch_of(self, train: np.ndarray, domain_ids: np.ndarray, names: list[str]) -> np.ndarray:
+        """The training examples of an epoch: of the chosen domains, by their weights and caps."""
+        known = sorted(names[i] for i in np.unique(domain_ids[train]))
+        chosen = known if self.train_domains is None else list(map(domain_name, self.train_domains))
+        if not chosen or not set(chosen) <= set(known):
+            raise ValueError(f"data.train_domains={self.train_domains} must name some of the data's domains, {known}")
+        for field in ("domain_weights", "domain_caps"):
+            if unknown := sorted({domain_name(name) for name in getattr(self, field)} - set(known)):
+                raise ValueError(f"data.{field} names {unknown}; the data's domains are {known}")
+        train = train[np.isin(domain_ids[train], [names.index(name) for name in chosen])]
+        weights = {domain_name(name): weight for name, weight in self.domain_weights.items()}
+        caps = {domain_name(name): cap for name, cap in self.domain_caps.items()}
+        places = chosen_examples(domain_ids[train], names, weights=weights, caps=caps, seed=self.seed)
+        if not len(places):
+            raise ValueError("data.domain_weights and data.domain_caps leave no training example")
+        return train[places]
+
+    def _warn(self) -> None:
+        train, heldout = self.stats["train"], self.stats["heldout"]
         for name, counts in self.stats.items():
+            total = counts["examples"] + counts["dropped"]
             if counts["cut"]:
+                done = "cut" if name == "train" else "left out, since no answer to them can be right"
+                longer = f"{counts['cut']} of {total} examples are longer than max_length={self.max_length}"
                 warnings.warn(
-                    f"{name}: {counts['cut']} of {counts['examples'] + counts['dropped']} examples are longer than "
-                    f"max_length={self.max_length}: cut",
-                    stacklevel=2,
+                    f"{name}: {longer}: {done}",
+                    stacklevel=3,
                 )
             if counts["dropped"]:
                 warnings.warn(
-                    f"{name}: {counts['dropped']} of {counts['examples'] + counts['dropped']} examples are dropped: "
-                    f"{Dropped(counts['reasons'])}",
-                    stacklevel=2,
+                    f"{name}: {counts['dropped']} of {total} examples are dropped: {Dropped(counts['reasons'])}",
+                    stacklevel=3,
                 )
             if counts["merged"]:
                 warnings.warn(
                     f"{name}: in {counts['merged']} of {counts['examples']} examples the response's first characters "
                     "would merge with its prompt's last ones; they are tokenised apart, as at inference",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        self.longest_example = max(len(row["input_ids"]) for row in self.train_set)  # one for all batches
-        self.rows = self._training_rows()
+        if train["copies"]:
+            warnings.warn(
+                f"{train['copies']} training examples are copies of held-out conversations: left out of training",
+                stacklevel=3,
+            )
+        trained = {self.train_set.domain_names[i] for i in np.unique(self.train_set.domain_ids)}
+        missing = sorted(trained - set(self.domains))
+        if missing:
+            warnings.warn(
+                f"no examples of {missing} are held out ({heldout['examples']} in all): these domains get no scores",
+                stacklevel=3,
+            )
 
-    def _of_domains(self, rows: list, domains: list[str]) -> list:
-        known = sorted({row["domain"] for row in rows})
-        if not domains or not set(domains) <= set(known):
-            raise ValueError(f"data.train_domains={domains} must name some of the data's domains, {known}")
-        return [row for row in rows if row["domain"] in domains]
+    # --- rows ----------------------------------------------------------------------------------------
 
-    def _training_rows(self) -> list:
-        """Packed rows, or whole batches when grouped by length: what the sampler draws."""
-        lengths = [len(row["input_ids"]) for row in self.train_set]
-        if self.packing:
-            return pack(lengths, capacity=self.max_length, seed=self.seed)
-        return group_by_length(lengths, batch_size=self.batch_size, seed=self.seed)
+    @property
+    def rows(self) -> Rows:
+        """Packed rows, or whole batches when grouped by length: what the sampler draws. Kept in the cache."""
+        world, _ = self._world
+        ranks = 1 if self.packing else world
+        if self._made_rows is None or self._made_rows[0] != ranks:
+            self._made_rows = ranks, self._stored_rows(ranks)
+        return self._made_rows[1]
+
+    def _stored_rows(self, ranks: int) -> Rows:
+        settings = [
+            self.packing, None if self.packing else [self.batch_size, ranks], self.seed, self.order != "shuffled",
+            self.train_domains, self.domain_weights, self.domain_caps,
+        ]  # fmt: skip
+        file = self.folder / "rows" / f"{digest(settings)[:20]}.npz"
+        try:
+            with np.load(file) as found:
+                return Rows(found["places"], found["ends"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged
+            rows = self._make_rows(ranks)
+        with suppress(OSError):  # a cache that can only be read: made again next time
+            file.parent.mkdir(exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}.tmp.npz")
+            np.savez(unfinished, places=rows.places, ends=rows.ends)
+            unfinished.replace(file)
+        return rows
+
+    def _make_rows(self, ranks: int) -> Rows:
+        """Rows of all examples, or of each domain's where the order keeps domains apart."""
+        lengths, domains = self.train_set.lengths, self.train_set.domain_ids
+        groups = [np.arange(len(lengths))]
+        if self.order != "shuffled":
+            groups = [np.flatnonzero(domains == domain) for domain in np.unique(domains)]
+        made = []
+        for group in groups:
+            if self.packing:
+                rows = pack(lengths[group], capacity=self.max_length, seed=self.seed)
+            else:
+                rows = group_by_length(lengths[group], batch_size=self.batch_size, seed=self.seed, ranks=ranks)
+            made.append((group[rows.places], rows.ends))
+        starts = np.cumsum([0, *(len(places) for places, _ in made[:-1])])
+        ends = [ends + start for (_, ends), start in zip(made, starts, strict=True)]
+        return Rows(np.concatenate([places for places, _ in made]), np.concatenate(ends))
+
+    def _order_of(self, rows: Rows) -> Order:
+        if self.order == "shuffled":
+            return Shuffled(len(rows), self._order_seed)
+        domains = self.train_set.domain_ids[rows.places[np.concatenate([[0], rows.ends[:-1]])]]
+        if self.order == "drifting":
+            return Drifting(domains, self._order_seed, floor=self.drift_floor)
+        return DomainBlocks(domains, self._order_seed, batch_rows=self.batch_size if self.packing else 1)
 
     # --- loaders -------------------------------------------------------------------------------------
 
@@ -255,19 +407,16 @@ class ConversationDataModule(L.LightningDataModule):
         world, rank = self._world
         if self.batch_size % world:
             raise ValueError(f"data.batch_size={self.batch_size} must be divisible by the {world} processes")
-        if len(self.rows) < (self.batch_size if self.packing else 1):
+        order = self._order_of(self.rows)
+        if len(order) < (self.batch_size if self.packing else 1):
+            within = "" if self.order == "shuffled" else "of one domain each "
             raise ValueError(
-                f"data.batch_size={self.batch_size} but the training data fills only {len(self.rows)} rows of "
+                f"data.batch_size={self.batch_size} but the training data fills only {len(self.rows)} rows {within}of "
                 f"data.max_length={self.max_length} tokens; lower one of them or add data"
             )
         # packed rows are dealt to the ranks; of a batch grouped by length, every rank takes its part
-        sampler = ResumableSampler(
-            self.rows,  # type: ignore[arg-type]
-            num_replicas=world if self.packing else 1,
-            rank=rank if self.packing else 0,
-            seed=self._order_seed,
-            drop_last=True,
-        )
+        dealt = {"num_replicas": world, "rank": rank} if self.packing else {"num_replicas": 1, "rank": 0}
+        sampler = ResumableSampler(order, **dealt)
         return ResumableLoader(
             self.rows,  # type: ignore[arg-type]
             batch_size=self.batch_size // world if self.packing else None,
@@ -284,7 +433,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     def _collate_grouped(self, batch: list[int]) -> Batch:
         world, rank = self._world
-        longest = max(len(self.train_set[i]["input_ids"]) for i in batch)
+        longest = int(self.train_set.lengths[batch].max())
         width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(longest, self.max_length))
         rows = [[i] for i in batch[rank::world]]
         return collate(rows, self.train_set, pad_id=self.tokenizer.pad_token_id, length=width)
@@ -292,7 +441,7 @@ class ConversationDataModule(L.LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader:
         world, rank = self._world
-        lengths = [len(row["input_ids"]) for row in self.heldout_set]
+        lengths = self.heldout_set.lengths.tolist()
         groups = length_grouped(range(len(lengths)), lengths, max_tokens=self.eval_batch_tokens)
         # every rank takes the same number of batches; the ones added for that count for nothing
         batches = [(group, True) for group in groups]
@@ -300,12 +449,7 @@ class ConversationDataModule(L.LightningDataModule):
         return DataLoader(
             batches,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=DistributedSampler(
-                batches,  # type: ignore[arg-type]
-                num_replicas=world,
-                rank=rank,
-                shuffle=False,
-            ),
+            sampler=DistributedSampler(batches, num_replicas=world, rank=rank, shuffle=False),  # type: ignore[arg-type]
             collate_fn=self._collate_heldout,  # type: ignore[arg-type]
         )
 
@@ -355,6 +499,32 @@ class ConversationDataModule(L.LightningDataModule):
             "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
             "index": torch.tensor([index for index, _ in rows]),
         }
+
+
+def _counts(kept: dict[str, Any], places: np.ndarray, dropped: Dropped) -> dict[str, Any]:
+    """What the warnings and the summary tell of one part of the data."""
+    return {
+        "examples": len(places),
+        "tokens": int(kept["lengths"][places].sum()),
+        "cut": int(kept["cut"][places].sum()),
+        "dropped": dropped.count,
+        "reasons": dropped.reasons,
+        "merged": int(kept["merged"][places].sum()),
+    }
+
+
+def _nothing_left(part: str, split: Split, given: bool) -> str:
+    if part == "train":
+        return (
+            f"nothing is left to train on: all examples would be held out, {split.copies} of them as copies; add data "
+            "or give other data.heldout_files"
+        )
+    if given:
+        return f"all {split.cut} held-out examples are longer than data.max_length: none can be answered; raise it"
+    return (
+        "nothing can be held out: each domain needs two different conversations that fit data.max_length; add data or "
+        "give data.heldout_files"
+    )
 
 
 def check_at_least(least: int, **fields: int) -> None:

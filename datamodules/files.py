@@ -2,7 +2,6 @@
 
 import codecs
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from upit.files import content_digest
 
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
@@ -279,8 +280,7 @@ def _values(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def file_digest(path: Path, field: str) -> str:
-    """sha256 of a file's content."""
+    """sha256 of a file's content; computed once per process."""
     if not path.is_file():
         raise FileNotFoundError(f"{field}: {path} does not exist")
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return content_digest(path)

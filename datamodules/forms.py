@@ -263,5 +263,10 @@ class Dropped:
     def add(self, reason: str, where: str) -> None:
         self.reasons.setdefault(reason, {"count": 0, "first": where})["count"] += 1
 
+    @property
+    def count(self) -> int:
+        """Conversations of all reasons."""
+        return sum(own["count"] for own in self.reasons.values())
+
     def __str__(self) -> str:
         return "; ".join(f"{own['count']}: {reason} (first {own['first']})" for reason, own in self.reasons.items())

@@ -1,6 +1,5 @@
 """Instruction data from files or from a dataset's name."""
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -119,17 +118,14 @@ class InstructionDataModule(ConversationDataModule):
         return self.make_tokenizer([])
 
     @override
-    def make_tokenizer(self, train_rows: list[Row]):
+    def make_tokenizer(self, train_rows: Iterable[Row]):
         return load_tokenizer(
             self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code
         )
 
     @override
-    def make_rows(self) -> tuple[list[Row], list[Row]]:
-        train = list(self.train_rows())
-        if self.heldout_files is not None:
-            return train, list(self.heldout_rows())
-        return self._split(train)
+    def make_rows(self) -> tuple[Iterator[Row], Iterator[Row] | None]:
+        return self.train_rows(), None if self.heldout_files is None else self.heldout_rows()
 
     def train_rows(self) -> Iterator[Row]:
         """Stream the training conversations; what is left out is counted in ``dropped``."""
@@ -146,16 +142,6 @@ class InstructionDataModule(ConversationDataModule):
         """Stream the held-out conversations of ``heldout_files``."""
         self.dropped["heldout"] = Dropped()
         yield from self._file_rows(self.heldout_files or [], "heldout")
-
-    def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        heldout: set[int] = set()
-        for domain in sorted({row["domain"] for row in rows}):
-            own = [i for i, row in enumerate(rows) if row["domain"] == domain]
-            heldout |= set(random.Random(self.seed).sample(own, max(1, round(self.heldout_fraction * len(own)))))
-        if len(heldout) == len(rows):
-            raise ValueError(f"all {len(rows)} examples would be held out; add data or give data.heldout_files")
-        train = [row for i, row in enumerate(rows) if i not in heldout]
-        return train, [rows[i] for i in sorted(heldout)]
 
     def _file_rows(self, names: list[str], part: str) -> Iterator[Row]:
         field = f"data.{part}_files"

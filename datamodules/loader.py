@@ -8,11 +8,20 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from datamodules.order import Order
+
 
 class ResumableSampler(DistributedSampler):
-    """A ``DistributedSampler`` that can begin in the middle of an epoch. Its order follows from seed and epoch."""
+    """Deals the rows of an order to the ranks. Can begin in the middle of an epoch.
+
+    Rows that the ranks can't share evenly are left out.
+    """
 
     skipped = 0  # samples of this rank that the next iteration leaves out; only the next one
+
+    def __init__(self, order: Order, *, num_replicas: int, rank: int) -> None:
+        super().__init__(order, num_replicas, rank, seed=order.seed, drop_last=True)  # type: ignore[arg-type]
+        self.order = order
 
     @override
     def set_epoch(self, epoch: int) -> None:
@@ -24,7 +33,8 @@ class ResumableSampler(DistributedSampler):
     @override
     def __iter__(self) -> Iterator[int]:
         skipped, self.skipped = self.skipped, 0  # when the first sample is drawn: a DataLoader makes iterators in vain
-        yield from islice(super().__iter__(), skipped, None)
+        own = self.order(self.epoch)[self.rank : self.total_size : self.num_replicas]
+        yield from islice(own.tolist(), skipped, None)
 
 
 class ResumableLoader(DataLoader):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row, check_at_least
+from datamodules.split import domain_name
 from upit.chat_templates import CHATML
 from upit.sources import content_key, load_tokenizer, set_chat_template, template_text
 
@@ -141,7 +142,8 @@ class ReasoningGymDataModule(ConversationDataModule):
         """The family's own verifier, on the very entry that the example came from."""
         family, *numbers = example["metadata"].split(":")
         seed, size, index = map(int, numbers)  # the size too: some families' entries depend on it
-        questions = _dataset(family, json.dumps(self.families[example["domain"]][family]), seed, size)
+        families = next(own for name, own in self.families.items() if domain_name(name) == example["domain"])
+        questions = _dataset(family, json.dumps(families[family]), seed, size)
         return questions.score_answer(completion.strip(), questions[index]) >= 1.0 - 1e-6
 
 

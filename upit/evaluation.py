@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upit.distributed import own_share
-from upit.examples import PADDING, Batch, Example, collate, length_grouped, to_device
+from upit.examples import PADDING, Batch, Example, collate, domains_of, length_grouped, lengths_of, to_device
 from upit.forward import response_logits, response_losses
 from upit.generation import greedy_answers
 from upit.losses import grouped_losses
@@ -37,8 +37,8 @@ def heldout_batch(model: PreTrainedModel, data, indices: Sequence[int]) -> Batch
 def summed_losses(model: PreTrainedModel, batch: Batch, data) -> tuple[Tensor, Tensor]:
     """Summed response loss and number of response tokens of each domain in a held-out batch, two float32 (C,)."""
     losses_L, targets_L, ids_L = response_losses(model, batch)
-    domains_L = [data.domains.index(data.heldout_set[i]["domain"]) for i in ids_L.tolist()]
-    groups_L = torch.tensor(domains_L, device=losses_L.device, dtype=torch.long)
+    domain_of = torch.from_numpy(domains_of(data.heldout_set, data.domains)).to(losses_L.device)
+    groups_L = domain_of[ids_L]
     return grouped_losses(losses_L=losses_L, targets_L=targets_L, groups_L=groups_L, num_groups=len(data.domains))
 
 
@@ -97,7 +97,7 @@ def domain_losses(
     model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
 ) -> dict[str, float]:
     """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
-    lengths = [len(row["input_ids"]) for row in data.heldout_set]
+    lengths = lengths_of(data.heldout_set)
 
     def losses(group: list[int]) -> tuple[Tensor, Tensor]:
         return summed_losses(model, heldout_batch(model, data, group), data)

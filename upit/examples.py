@@ -21,6 +21,7 @@ the device to learn a shape. S is round, so that compiled layers meet few shapes
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,30 +84,61 @@ def collate(
     Returns: a batch, see the module's docstring.
     Raises: ValueError: a row is longer than ``length``, or an example than ``longest``.
     """
-    sizes = [[len(dataset[index]["input_ids"]) for index in row] for row in rows]
-    widths = [sum(row) for row in sizes]
+    parts = [[tokens_of(dataset, index) for index in row] for row in rows]
+    widths = [sum(len(ids) for ids, _ in row) for row in parts]
     length = max(widths) if length is None else length
     longest = length if longest is None else min(longest, length)
     if max(widths) > length:
         raise ValueError(f"a row of {max(widths)} tokens does not fit length={length}")
-    largest = max((size for row in sizes for size in row), default=0)
+    largest = max((len(ids) for row in parts for ids, _ in row), default=0)
     if largest > longest:
         raise ValueError(f"an example of {largest} tokens is longer than longest={longest}")
-    ids: list[int] = []
-    labels: list[int] = []
+    ids_N = np.full(len(rows) * length, pad_id, dtype=np.int64)
+    labels_N = np.full(len(rows) * length, IGNORE, dtype=np.int64)
     owners: list[int] = []
     lengths: list[int] = []
-    for row, size, width in zip(rows, sizes, widths, strict=True):
-        for index in row:
-            ids += dataset[index]["input_ids"]
-            labels += dataset[index]["labels"]
-        ids += [pad_id] * (length - width)
-        labels += [IGNORE] * (length - width)
-        padding = [min(longest, length - start) for start in range(width, length, longest)]
-        owners += [*row, *[PADDING] * len(padding)]
-        lengths += [*size, *padding]
-    tensors = map(torch.tensor, (ids, labels, owners, lengths))
-    return _batch(*tensors, shape=(len(rows), length), longest=longest)
+    for number, (row, part, width) in enumerate(zip(rows, parts, widths, strict=True)):
+        start = number * length
+        for index, (ids, labels) in zip(row, part, strict=True):
+            ids_N[start : start + len(ids)] = ids
+            labels_N[start : start + len(ids)] = labels
+            start += len(ids)
+            owners.append(index)
+            lengths.append(len(ids))
+        padding = [min(longest, length - begin) for begin in range(width, length, longest)]
+        owners += [PADDING] * len(padding)
+        lengths += padding
+    return _batch(
+        torch.from_numpy(ids_N),
+        torch.from_numpy(labels_N),
+        torch.tensor(owners, dtype=torch.long),
+        torch.tensor(lengths, dtype=torch.long),
+        shape=(len(rows), length),
+        longest=longest,
+    )
+
+
+def tokens_of(dataset: Sequence[Example], index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels of an example. A dataset with a method ``tokens`` gives them without making Python numbers."""
+    if hasattr(dataset, "tokens"):
+        return dataset.tokens(index)
+    row = dataset[index]
+    return np.asarray(row["input_ids"]), np.asarray(row["labels"])
+
+
+def lengths_of(dataset: Sequence[Example]) -> list[int]:
+    """Tokens of each example."""
+    if hasattr(dataset, "lengths"):
+        return dataset.lengths.tolist()
+    return [len(row["input_ids"]) for row in dataset]
+
+
+def domains_of(dataset: Sequence[Example], names: Sequence[str]) -> np.ndarray:
+    """Index of each example's domain in ``names``, int64."""
+    if hasattr(dataset, "domain_ids"):
+        place = {name: i for i, name in enumerate(names)}
+        return np.array([place.get(name, -1) for name in dataset.domain_names])[dataset.domain_ids]
+    return np.array([names.index(row["domain"]) for row in dataset])
 
 
 def _batch(

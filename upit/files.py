@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,18 @@ def read_json(path: Path) -> Any:
 def digest(value: Any) -> str:
     """sha256 of a value in plain types: the fingerprint of all that a file depends on."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a file; computed once per process unless the file is written to."""
+    stat = path.stat()
+    return _content_digest(path.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@cache
+def _content_digest(path: Path, *version: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def seeded(*key: Any) -> torch.Generator:

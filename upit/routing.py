@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from upit.distributed import own_share
 from upit.evaluation import heldout_batch
-from upit.examples import length_grouped
+from upit.examples import domains_of, length_grouped, lengths_of
 from upit.forward import response_logits
 from upit.metrics import DomainRouting
 from upit.routers import moe_routers
@@ -29,7 +29,7 @@ def domain_routing(model: PreTrainedModel, data) -> DomainRouting:
     return DomainRouting(
         num_layers=len(moe_routers(model)),
         num_experts=moe_routers(model)[0].weight.shape[0],
-        domains=[data.domains.index(row["domain"]) for row in data.heldout_set],
+        domains=domains_of(data.heldout_set, data.domains).tolist(),
         num_domains=len(data.domains),
     ).to(next(model.parameters()).device)
 
@@ -44,7 +44,7 @@ def count_heldout(
     track: Callable[[Iterable], Iterable] = lambda batches: batches,
 ) -> None:
     """Count the routing of all held-out examples; the ranks share the batches. The model is in evaluation mode."""
-    lengths = [len(row["input_ids"]) for row in data.heldout_set]
+    lengths = lengths_of(data.heldout_set)
     groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
     for group, counts in track(own_share(groups)):
         batch = heldout_batch(model, data, group)
@@ -61,8 +61,9 @@ def token_view(model: PreTrainedModel, data, *, autocast: Autocast = nullcontext
     Every rank computes all of it. Returns: ``{"layers": [...], "examples": [{"domain", "tokens", "experts"}]}``, the
     experts one list a layer.
     """
-    first = {row["domain"]: i for i, row in reversed(list(enumerate(data.heldout_set)))}
     domains = data.domains[:SHOWN_DOMAINS]
+    of_all = domains_of(data.heldout_set, data.domains).tolist()
+    first = {domain: of_all.index(i) for i, domain in enumerate(domains)}
     batch = heldout_batch(model, data, [first[domain] for domain in domains])
     with autocast():
         response_logits(model, batch)

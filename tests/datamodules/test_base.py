@@ -147,7 +147,7 @@ def test_state_in_the_middle_of_an_epoch_for_any_number_of_workers(make_loaded, 
 @pytest.mark.parametrize("packing", [True, False])
 def test_two_ranks_share_the_batches_of_one(make_loaded, packing):
     def batches(world, rank):
-        return [indices(batch) for batch in make_loaded(world, rank, packing=packing).train_dataloader()]
+        return [indices(batch) for batch in make_loaded(world, rank, packing=packing, batch_size=4).train_dataloader()]
 
     whole, halves = batches(1, 0), [batches(2, rank) for rank in (0, 1)]
     assert len(halves[0]) == len(halves[1])
@@ -160,10 +160,20 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(make_loaded):
         make_loaded(world=2, batch_size=3).train_dataloader()
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_data_that_fills_no_batch_is_refused(make_loaded, packing):
+def test_packed_data_that_fills_no_batch_is_refused(make_loaded):
     with pytest.raises(ValueError, match=r"data\.batch_size=64"):
-        make_loaded(batch_size=64, packing=packing).train_dataloader()
+        make_loaded(batch_size=64).train_dataloader()
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 64), (1, 8), (2, 8), (2, 2), (3, 3)])
+def test_grouped_batches_hold_each_example_once_an_epoch(make_loaded, world, batch_size):
+    seen, numbers = [], set()
+    for rank in range(world):
+        batches = list(make_loaded(world, rank, packing=False, batch_size=batch_size).train_dataloader())
+        numbers.add(len(batches))
+        seen += [index for batch in batches for index in indices(batch)]
+    assert sorted(seen) == list(range(57))
+    assert len(numbers) == 1, "the ranks keep step"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -104,14 +104,17 @@ def test_a_conversation_that_cannot_be_trained_on_is_refused_or_dropped(make_ins
         UserWarning, match=r"train: 2 of \d+ examples are dropped: 2: .*\(first .*rows\.jsonl: example 13\)"
     ):
         module.setup("fit")
-    assert len(module.train_set) + len(module.heldout_set) == 24
+    assert len(module.train_set) + len(module.heldout_set) + module.stats["train"]["copies"] == 24
     assert module.stats["train"]["dropped"] == 2
 
 
 def test_what_the_template_refuses_is_refused_or_dropped(make_instruction, tmp_path, tokenizer):
     refusing = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + tokenizer.chat_template
     rows = [*GOOD, {"messages": turns("Hi", "Yes.", system="Be brief.")}]
-    file, heldout = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "heldout.jsonl", GOOD)
+    file, heldout = (
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        write_jsonl(tmp_path / "heldout.jsonl", [line(content="Another")]),
+    )
     settings = {"train_files": [file], "heldout_files": [heldout], "chat_template": refusing}
     with pytest.raises(ValueError, match=r"rows\.jsonl:13: the chat template refuses the conversation: no system"):
         make_instruction(**settings).prepare_data()
@@ -139,7 +142,7 @@ def test_roles_and_keys_of_one_s_own(make_instruction, tmp_path):
 
 
 def test_the_form_that_is_set_is_used(make_instruction, tmp_path):
-    rows = [{"messages": turns("no", "no"), "instruction": "Add", "output": f"{i}"} for i in range(8)]
+    rows = [{"messages": turns(f"no {i}", "no"), "instruction": "Add", "output": f"{i}"} for i in range(8)]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     assert trained_texts(ready(make_instruction(train_files=[file]))) == {"no"}
     assert trained_texts(ready(make_instruction(train_files=[file], format="alpaca"))) == {str(i) for i in range(8)}
