@@ -54,7 +54,7 @@ class TableWriter:
         found = {
             "lengths": batch["input_ids"].value_lengths().to_numpy(),
             "domains": np.array([self.domain_names[domain] for domain in batch["domain"].to_pylist()], np.int32),
-            "conversations": batch["conversation"].to_numpy(),
+            "conversations": batch["conversation"].to_numpy().copy(),  # a view would keep the whole batch
             **{name: batch[name].to_numpy(zero_copy_only=False) for name in ("cut", "merged", "further")},
             "heldout": np.full(len(batch), heldout),
         }
