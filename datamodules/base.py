@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ from datamodules.table import INDEX, Examples, TableWriter
 from datamodules.tokenising import tokenised
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import digest, read_json, write_json
+from upit.verifiers import Exact, Verifier
 
 PAD_MULTIPLE = 64
 CACHE_VERSION = 4  # raised when the same source gives other examples than before
@@ -52,6 +54,10 @@ class ConversationDataModule(L.LightningDataModule):
         seed: of all that makes the data: questions, split, and what is packed or grouped together.
         order_seed: of the order of the rows, another in each epoch; default the run's ``seed_everything``, so that
             runs of several seeds see the same data in other orders.
+        verifiers: judges a domain's answers, by the domain's name, or ``default``; null turns scoring off for a domain
+            of free text. Default: equal up to white space.
+        score_examples: held-out examples of a domain whose answers are generated and verified; default all, 0 none.
+            The loss is always over all.
         cache_dir: where tokenised data is kept under a fingerprint of all it depends on.
         order: ``shuffled``; ``domain_blocks``: one domain after the other, each once an epoch; or ``drifting``: the
             domains' shares of the mixture rise and fall linearly, one peak after the other. See
@@ -76,6 +82,8 @@ class ConversationDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         order_seed: int | None = None,
+        verifiers: dict[str, Verifier | None] | None = None,
+        score_examples: int | None = None,
         cache_dir: str = ".cache/upit",
         order: Literal["shuffled", "domain_blocks", "drifting"] = "shuffled",
         drift_floor: float = 0.2,
@@ -84,6 +92,8 @@ class ConversationDataModule(L.LightningDataModule):
         num_processes: int | None = None,
     ) -> None:
         super().__init__()
+        if score_examples is not None:
+            check_at_least(0, score_examples=score_examples)
         check_at_least(1, max_length=max_length, batch_size=batch_size, eval_batch_tokens=eval_batch_tokens)
         check_at_least(1, num_processes=1 if num_processes is None else num_processes)
         if order not in ORDERS:
@@ -110,6 +120,8 @@ class ConversationDataModule(L.LightningDataModule):
         self.domain_weights = domain_weights or {}
         self.domain_caps = domain_caps or {}
         self.num_processes = num_processes
+        self.verifiers = {domain_name(name): own for name, own in {"default": Exact(), **(verifiers or {})}.items()}
+        self.score_examples = score_examples
         self.tokenizer: Any = None
         self.invalid = "refuse"  # what is done about conversations that the template refuses
         self.dropped = {"train": Dropped(), "heldout": Dropped()}  # conversations left out before tokenising
@@ -153,8 +165,20 @@ class ConversationDataModule(L.LightningDataModule):
         return f"the chat template {given!r}" if "{" not in given else "the chat template in data.chat_template"
 
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
-        """Whether a completion answers an example: equal up to white space."""
-        return completion.split() == example["answer"].split()
+        """Whether a completion answers an example, by its domain's verifier."""
+        verifier = self.verifiers.get(example.get("domain"), self.verifiers["default"])
+        return verifier is not None and verifier(example, completion)
+
+    def scored_examples(self) -> list[int]:
+        """Held-out examples whose answers are generated and verified."""
+        chosen, taken = [], Counter[str]()
+        for i, number in enumerate(self.heldout_set.domain_ids.tolist()):
+            domain = self.heldout_set.domain_names[number]
+            scored = self.verifiers.get(domain, self.verifiers["default"]) is not None
+            if scored and (self.score_examples is None or taken[domain] < self.score_examples):
+                chosen.append(i)
+                taken[domain] += 1
+        return chosen
 
     def identity(self) -> dict[str, Any]:
         """All that a resumed run must find again, in plain types; complete once the data is set up."""
@@ -287,6 +311,8 @@ class ConversationDataModule(L.LightningDataModule):
             )
             self.heldout_set = Examples(self._folder, index["heldout"], **about)
         self.domains = sorted(names[i] for i in np.unique(self.heldout_set.domain_ids))
+        if unknown := sorted(self.verifiers.keys() - {"default", *self.domains}):
+            raise ValueError(f"data.verifiers names {unknown}, but the data's domains are {self.domains}")
         self._warn()
         self.longest_example = int(self.train_set.lengths.max())  # one for all batches
 

@@ -228,6 +228,23 @@ def test_the_base_on_request(cli_run, tmp_path, monkeypatch, capsys):
     assert "--base is for validate, test and predict" in capsys.readouterr().err
 
 
+def test_verifiers_are_chosen_by_domain_in_a_config(cli_run, tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((cli_run / "config.yaml").read_text())
+    number = {"class_path": "upit.verifiers.Number", "init_args": {"tolerance": 0.5}}
+    config["data"]["init_args"] |= {"verifiers": {"letters": number, "arithmetic": None}, "score_examples": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoint = cli_run / "checkpoints/step=6.ckpt"
+    upit("test", "-c", tmp_path / "config.yaml", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    assert "exact_match/letters" in shown
+    assert "exact_match/arithmetic" not in shown
+    config["data"]["init_args"]["verifiers"] = {"letters": {"class_path": "upit.verifiers.Code"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        upit("test", "-c", tmp_path / "config.yaml", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)
+    assert "set enabled: true" in capsys.readouterr().err
+
+
 def test_a_resumed_run_keeps_the_records_and_ends_with_the_same_weights(cli_run, tmp_path, monkeypatch):
     run = tmp_path / "copy"
     shutil.copytree(cli_run, run)
