@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,31 @@ def test_verifiers_are_chosen_by_domain_in_a_config(cli_run, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         upit("test", "-c", tmp_path / "config.yaml", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)
     assert "set enabled: true" in capsys.readouterr().err
+
+
+def test_data_is_prepared_and_shown_without_a_model_or_a_run(cli_run, tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((cli_run / "config.yaml").read_text())
+    # a trainer of these would not be built here
+    config["trainer"] |= {"accelerator": "gpu", "devices": 64, "default_root_dir": str(tmp_path / "run")}
+    config["data"]["init_args"]["cache_dir"] = str(tmp_path / "cache")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    options = ["--harvest.every_n_steps", "5", "--upcycling.at_step", "12"]
+    upit("data", "-c", tmp_path / "config.yaml", *options, monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    assert "harvest points: 5, 10\n" in shown
+    assert re.search(r"steps an epoch: \d+ \(\d+ batches of 4 rows\)", shown)
+    assert "letters" in shown
+    assert "trained in green" in shown
+    assert "<|im_start|>assistant" in shown
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "cache").iterdir()), "the fit finds it prepared"
+
+
+def test_data_that_is_wrong_is_named_by_the_preview(cli_run, tmp_path, monkeypatch, capsys):
+    options = ["--data.init_args.train_domains", "[music]"]
+    with pytest.raises(SystemExit):
+        upit("data", "-c", cli_run / "config.yaml", *options, monkeypatch=monkeypatch)
+    assert "data.train_domains=['music'] must name" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_the_records_and_ends_with_the_same_weights(cli_run, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import inspect
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SUBCOMMANDS = {
+    "data": "prepare a config's data and show it: counts, what is left out, an example with its loss mask",
     "fit": "run the whole method, or one phase, from a YAML config",
     "validate": "held-out loss of a dense or MoE checkpoint",
     "test": "exact match per domain of a dense or MoE checkpoint",
@@ -41,6 +43,8 @@ def main(args: list[str] | None = None) -> None:
         _sweep(args[1:])
     elif command == "report":
         _report(args[1:])
+    elif command == "data":
+        _data(args[1:])
     else:
         _train(given)
 
@@ -170,10 +174,59 @@ def _report(args: list[str]) -> None:
     print(f"Wrote {output}")
 
 
-def _train(args: list[str] | None) -> None:
+def _data(args: list[str]) -> None:
+    """Prepare the data of a config for ``fit`` and show it. Builds neither the model nor the trainer."""
+    if not args or {"-h", "--help"} & set(args):
+        print(
+            "usage: upit data -c CONFIG.yaml [--data.init_args.KEY VALUE ...]\n\n"
+            "Prepare the data of a config for `upit fit`, and show it: examples, tokens, what is left out and why,\n"
+            "steps an epoch, harvest points, and an example with its loss mask. Needs no GPU and no weights."
+        )
+        return
+    _train(["fit", *args], preview=True)
+
+
+def _show_data(data: Any, config: Any, harvest: Any, upcycling: Any) -> None:
+    """Prepare a data module and print what it holds.
+
+    Args:
+        config: of the trainer.
+        harvest, upcycling: the callbacks, or None.
+    """
+    import numpy as np
+
+    from upit.preview import print_data
+
+    data.prepare_data()
+    data.setup("fit")
+    batches = len(data.train_dataloader())
+    steps = -(-batches // (config.accumulate_grad_batches or 1))
+    facts = [("steps an epoch", f"{steps:,} ({batches:,} batches of {data.batch_size} rows)")]
+    epochs, most = config.max_epochs or -1, config.max_steps
+    total = min(bound for bound in (epochs * steps, most, 10**12) if bound > 0)
+    if upcycling is not None and upcycling.at_epoch is not None:
+        total = min(total, round(upcycling.at_epoch * steps))
+    elif upcycling is not None:
+        total = min(total, upcycling.at_step)
+    if harvest is not None and total < 10**12:
+        points = harvest.points(until=total, steps_per_epoch=steps)
+        facts.append(("harvest points", ", ".join(map(str, points))))
+    parts = {name: data.stats[name] for name in ("train", "heldout")}
+    names = data.train_set.domain_names
+    counts = [
+        np.bincount(part.domain_ids, minlength=len(names)).tolist() for part in (data.train_set, data.heldout_set)
+    ]
+    domains = dict(sorted(zip(names, zip(*counts, strict=True), strict=True)))
+    facts.append(("chat template", data.template_name))
+    facts.append(("cache", str(data.folder)))
+    print_data(parts, facts=facts, domains=domains, example=data.train_set[0], tokenizer=data.tokenizer)
+
+
+def _train(args: list[str] | None, *, preview: bool = False) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # checkpoints never run code
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning as L
+    from jsonargparse import Namespace
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
@@ -252,7 +305,31 @@ def _train(args: list[str] | None) -> None:
                 chosen.append(WriteAnswers())
             return super()._instantiate_trainer(config, chosen)
 
-    CLI(
+    class DataCLI(CLI):
+        """Shows the data of a config for ``fit``."""
+
+        def before_instantiate_classes(self) -> None:
+            pass  # no run, and no directory for one
+
+        def instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            wanted = {name: config.get(name) for name in ("data", "harvest", "upcycling")}
+            parser = self._parser(self.subcommand)
+            try:
+                made = parser.instantiate_classes(Namespace(**{name: own for name, own in wanted.items() if own}))
+                _show_data(made.data, config.trainer, made.get("harvest"), made.get("upcycling"))
+            except (ValueError, OSError) as error:
+                self.parser.error(str(error), error)
+
+        def after_instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    if preview:
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    (DataCLI if preview else CLI)(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
