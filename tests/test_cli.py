@@ -252,10 +252,10 @@ def test_data_is_prepared_and_shown_without_a_model_or_a_run(cli_run, tmp_path, 
     config["trainer"] |= {"accelerator": "gpu", "devices": 64, "default_root_dir": str(tmp_path / "run")}
     config["data"]["init_args"]["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    options = ["--harvest.every_n_steps", "5", "--upcycling.at_step", "12"]
+    options = ["--harvest.every_n_steps", "2", "--upcycling.at_step", "5"]
     upit("data", "-c", tmp_path / "config.yaml", *options, monkeypatch=monkeypatch)
     shown = capsys.readouterr().out
-    assert "harvest points: 5, 10\n" in shown
+    assert "harvest points: 2, 4\n" in shown
     assert re.search(r"steps an epoch: \d+ \(\d+ batches of 4 rows\)", shown)
     assert "letters" in shown
     assert "trained in green" in shown
