@@ -149,7 +149,7 @@ class ConversationDataModule(L.LightningDataModule):
             return
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
         self.train_set: list = load_from_disk(self.folder / "train").to_list()
         if self.train_domains is not None:
             self.train_set = self._of_domains(self.train_set, self.train_domains)

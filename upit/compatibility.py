@@ -43,5 +43,7 @@ def check_vocabulary(path: Path, tokenizer) -> None:
     from transformers import AutoTokenizer
 
     file = path / "tokenizer.json"
-    if file.exists() and AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+    if not file.exists():
+        return
+    if AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{file}: its vocabulary is not that of the run's tokenizer")

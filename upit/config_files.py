@@ -61,7 +61,7 @@ def _ask(question: list[Any]) -> list[Fields]:
 def _read(base: str, others: list[str], num_experts: int, top_k: int) -> list[Fields]:
     from transformers import AutoConfig
 
-    dense, *found = [AutoConfig.from_pretrained(path) for path in (base, *others)]
+    dense, *found = [AutoConfig.from_pretrained(path, trust_remote_code=False) for path in (base, *others)]
     plain = [_plain(config) for config in (dense, *found)]
     if not num_experts:
         return [*plain, {}, {}]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from upit.artefacts import Run
+from upit.artefacts import Run, read_report
 from upit.checkpoints import config_of, read_identity, read_weights
-from upit.files import check_output, fresh_directory, read_json
+from upit.files import check_output, fresh_directory
 
 
 def export_model(
@@ -64,7 +64,7 @@ def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: s
     return export_model(
         config_of(identity),
         read_weights(ckpt_path),
-        AutoTokenizer.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         output,
         card=model_card(identity, run, name=output.name),
     )
@@ -90,9 +90,9 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
     if moe and lineages:
         rows = "\n".join(f"| {entry['expert']} | {origin(entry)} |" for entry in lineages[-1 if grown else 0])
         parts.append(f"## Experts\n| expert | origin |\n|---|---|\n{rows}\n")
-    report = run / "report.json"
-    if report.exists():
-        stages = _reached(read_json(report)["stages"], identity)
+    report = read_report(run)
+    if report is not None:
+        stages = _reached(report["stages"], identity)
         rows = "\n".join(
             f"| {stage} | {scores['average']['loss']:.4f} | {scores['average']['exact_match']:.1%} |"
             for stage, scores in stages.items()

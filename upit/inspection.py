@@ -65,7 +65,7 @@ def _print_pool(pool: Pool, console: Console) -> None:
     _print_rows(f"Pool {pool.directory}", ["expert", "origin", "file", "dtype", "size", "sha256"], rows, console)
     similarity = pool.directory / "similarity.json"
     if similarity.exists():
-        _print_matrix("Similarity", read_json(similarity), console)
+        _print_matrix("Similarity", read_json(similarity, list), console)
 
 
 def _size(expert: Expert) -> str:
@@ -87,7 +87,7 @@ def _print_model(path: Path, console: Console, track: Track) -> None:
     from upit.families import MOE_TYPES
     from upit.moe_files import MoEFiles
 
-    config, files = AutoConfig.from_pretrained(path), TensorFiles(path)
+    config, files = AutoConfig.from_pretrained(path, trust_remote_code=False), TensorFiles(path)
     total = sum(math.prod(entry.shape) for entry in files.values())
     rows = [["architecture", config.model_type], ["layers", config.num_hidden_layers], ["hidden", config.hidden_size]]
     rows.append(["parameters", f"{total:,}"])

@@ -27,7 +27,7 @@ class MoEFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if self.config.model_type not in MOE_TYPES:
             raise ValueError(
                 f"{str(directory)!r} is a {self.config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upit.ahead import ahead
 from upit.families import is_expert
-from upit.files import read_json, write_json
+from upit.files import FileError, check_fields, plain_name, read_json, write_json
 from upit.gpu import CPU
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 
@@ -152,6 +152,20 @@ def is_written(path: Path, fingerprint: str) -> bool:
         return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
+ENTRY = {"file": str, "sha256": str, "dtype": str, "step": int, "epoch": float}  # what a manifest says of an expert
+
+
+def _check_entry(entry: Any, manifest: Path, where: str) -> None:
+    """Raises: FileError: a part of the manifest does not describe an expert of its folder."""
+    check_fields(entry, ENTRY, manifest, where)
+    for name in ("file", "rest"):
+        if name in entry:
+            plain_name(entry[name], manifest, f"{where}.{name}")
+    for name in ("metrics", "origin"):
+        if not isinstance(entry.get(name) or {}, dict):
+            raise FileError(f"{str(manifest)!r}: {where}.{name} is {entry[name]!r:.80}, expected an object")
+
+
 class Pool:
     """A directory of harvested experts and the base they started from.
 
@@ -172,9 +186,18 @@ class Pool:
         return pool
 
     def manifest(self) -> dict[str, Any]:
+        """What the pool holds.
+
+        Raises: FileError: manifest.json is damaged, or names a file outside of the pool.
+        """
         if not self.manifest_file.exists():
             return {"version": 1, "base": None, "experts": []}
-        return read_json(self.manifest_file)
+        manifest = read_json(self.manifest_file, dict)
+        check_fields(manifest, {"version": int, "base": dict, "experts": list}, self.manifest_file, "the manifest")
+        _check_entry(manifest["base"], self.manifest_file, "base")
+        for i, entry in enumerate(manifest["experts"]):
+            _check_entry(entry, self.manifest_file, f"experts[{i}]")
+        return manifest
 
     @property
     def base(self) -> Expert:

@@ -91,7 +91,8 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
         name, kwargs = resolve(source)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     if kwargs:  # transformers 5.17 mistakes a GGUF's end of turn for its beginning; the config has it right
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(AutoConfig.from_pretrained(name, **kwargs).eos_token_id)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:

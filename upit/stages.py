@@ -235,7 +235,8 @@ def init_router(
         check_output(target)
     files = MoEFiles(Path(moe)) if moe else None
     found = [files.expert(e) for e in range(files.num_experts)] if files else all_experts(experts or [])
-    config, dense, router = AutoConfig.from_pretrained(base), base_at(base), router or RoutingVectors()
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    dense, router = base_at(base), router or RoutingVectors()
     check_experts(found, dense)
     if moe:
         Named(moe).check(outline(config))

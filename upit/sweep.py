@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from upit.files import read_json, write_json
+from upit.artefacts import read_report
+from upit.files import write_json
 
 METRICS = ("loss", "exact_match")
 
@@ -73,8 +74,7 @@ def _options(configs: Sequence[Path]) -> list[str]:
 
 def final_scores(run: Path) -> dict[str, float] | None:
     """Average scores at the end of a run; None before it is finished."""
-    file = run / "report.json"
-    report = read_json(file) if file.exists() else {}
+    report = read_report(run) or {}
     return list(report["stages"].values())[-1]["average"] if report.get("finished") else None
 
 
