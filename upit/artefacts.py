@@ -2,7 +2,6 @@
 
 import csv
 import sys
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from upit.files import FileError, check_fields, read_json, write_json
+from upit.files import Fields, FileError, check_fields, read_json, write_json
 from upit.strategy import Strategy
 
 EVENTS = ("upcycling", "growth")  # each has a folder
@@ -24,7 +23,7 @@ STAGE = {"step": int, "domains": dict, "average": dict}
 SEED = {"id": str, "domain": str, "perplexity": list, "expert": int}
 PILOT = {"step": int, "epoch": float, "domains": dict}
 DISTANCE = {"step": int, "epoch": float, "from_base": float, "from_previous": float}
-SWAP = {"step": int, "kl": (float, type(None)), "before": dict, "after": dict}
+SWAP: Fields = {"step": int, "kl": (float, type(None)), "before": dict, "after": dict}
 ROUTING = {"step": int, "domains": list, "counts_DEC": list, "shuffled_D": list, "tokens": dict}
 
 
@@ -162,13 +161,13 @@ class Run:
         path = self.directory / file
         return read_json(path, kind) if path.exists() else None
 
-    def _list(self, file: str, fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    def _list(self, file: str, fields: Fields) -> list[dict[str, Any]] | None:
         found = self._read(file, list)
         if found is not None:
             self._check_list(found, fields, file, "the list")
         return found
 
-    def _check_list(self, entries: Any, fields: Mapping[str, Any], file: str, where: str) -> None:
+    def _check_list(self, entries: Any, fields: Fields, file: str, where: str) -> None:
         if not isinstance(entries, list):
             raise FileError(f"{str(self.directory / file)!r}: {where} is {entries!r:.80}, expected a list")
         for i, entry in enumerate(entries):

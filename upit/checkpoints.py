@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoConfig, PretrainedConfig
 
-from upit.files import FileError, check_fields
+from upit.files import Fields, FileError, check_fields
 
 IDENTITY = "upit"
-IDENTITY_FIELDS = {"phase": str, "num_experts": (int, type(None)), "swap_step": (int, type(None)), "config": dict}
+IDENTITY_FIELDS: Fields = {
+    "phase": str,
+    "num_experts": (int, type(None)),
+    "swap_step": (int, type(None)),
+    "config": dict,
+}
 METADATA_GLOBALS = {  # what torch pickles into a sharded checkpoint's .metadata, beside dtypes
     *(
         ("torch.distributed.checkpoint.metadata", name)

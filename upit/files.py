@@ -20,6 +20,9 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     os.replace(beside, path)
 
 
+Fields = Mapping[str, type | tuple[type, ...]]  # the fields of an object, and their types
+
+
 class FileError(ValueError):
     """A file can't be read, or does not hold what it should; the message names it."""
 
@@ -40,7 +43,7 @@ def read_json(path: Path, kind: type | None = None) -> Any:
     return value
 
 
-def check_fields(value: Any, fields: Mapping[str, type | tuple[type, ...]], file: Path, where: str) -> None:
+def check_fields(value: Any, fields: Fields, file: Path, where: str) -> None:
     """Check that part of a JSON file is an object with certain fields.
 
     Args:
