@@ -18,8 +18,8 @@ MEASURE = "upcycling.similarity"  # in the settings
 
 
 LINEAGE = {"expert": int, "kind": str}
-REPORT = {"stages": dict, "seed_counts": list, "wall_seconds": dict}
-STAGE = {"step": int, "domains": dict, "average": dict}
+REPORT = {"seed_counts": list, "wall_seconds": dict}
+STAGE = {"step": int, "domains": dict}
 SEED = {"id": str, "domain": str, "perplexity": list, "expert": int}
 PILOT = {"step": int, "epoch": float, "domains": dict}
 DISTANCE = {"step": int, "epoch": float, "from_base": float, "from_previous": float}
@@ -79,7 +79,14 @@ class Run:
     @cached_property
     def report(self) -> dict[str, Any] | None:
         """Scores of the stages; see :class:`callbacks.RunReport`."""
-        return found if (found := read_report(self.directory)) and found["stages"] else None
+        report = read_report(self.directory)
+        if not report or not report["stages"]:
+            return None
+        file = self.directory / "report.json"
+        check_fields(report, REPORT, file, "the report")
+        for name, stage in report["stages"].items():
+            check_fields(stage, STAGE, file, f"stages.{name}")
+        return report
 
     @cached_property
     def pilot(self) -> list[dict[str, Any]] | None:
@@ -187,7 +194,7 @@ class Run:
 
 
 def read_report(run: Path) -> dict[str, Any] | None:
-    """A run's report.json; None where there is none yet.
+    """The scores of a run's stages; None where there is no report.json yet.
 
     Raises: FileError: it is damaged.
     """
@@ -195,9 +202,9 @@ def read_report(run: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     report = read_json(file, dict)
-    check_fields(report, REPORT, file, "the report")
+    check_fields(report, {"stages": dict}, file, "the report")
     for name, stage in report["stages"].items():
-        check_fields(stage, STAGE, file, f"stages.{name}")
+        check_fields(stage, {"average": dict}, file, f"stages.{name}")
     return report
 
 

@@ -43,7 +43,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except TensorFileError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise TensorFileError(f"tensor file {str(file)!r} can't be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise _damaged(file, str(error) or type(error).__name__) from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is not a JSON object")
