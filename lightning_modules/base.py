@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import lightning as L
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules import horizon
+from lightning_modules.accumulation import TokenWindow
 from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import AdamW, adamw
@@ -85,6 +87,8 @@ class CausalLMModule(EvaluatedModule):
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
         self._set_aside: list[torch.optim.Optimizer] = []
+        self._window = TokenWindow()
+        self._weight: Tensor | None = None  # of the micro-batch whose backward pass comes next
         self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
     # --- the phase -----------------------------------------------------------------------------------
@@ -104,7 +108,11 @@ class CausalLMModule(EvaluatedModule):
 
     @abstractmethod
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Training loss of a batch, the terms to log, and their weight: the response tokens of a rank, on average."""
+        """Training loss of a batch, the terms to log, and their weight.
+
+        The weight is the number of response tokens, the mean of the ranks' counts. Under gradient accumulation a
+        batch counts in the optimizer step by the same weight.
+        """
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
@@ -182,9 +190,20 @@ class CausalLMModule(EvaluatedModule):
         with torch.compiler.set_stance("default"):
             loss, terms, tokens = self.active.objective(batch)
         self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
+        if self._accumulates:
+            first = batch_idx % self.trainer.accumulate_grad_batches == 0
+            self._weight = self._window.add(tokens, first=first)
         if self._is_logged(batch_idx):
             self._log_means()
         return loss
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.trainer.accumulate_grad_batches > 1
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss * self._weight if self._accumulates else loss, *args, **kwargs)
 
     def _is_logged(self, batch_idx: int) -> bool:
         """Whether a batch is the last of an optimizer step that ``trainer.log_every_n_steps`` picks."""
@@ -199,6 +218,8 @@ class CausalLMModule(EvaluatedModule):
         To the loggers directly: Lightning would log the dense phase's last value again with every value of the MoE's.
         """
         means = self.active.means.compute()
+        if not means:  # no response token since the last logged step
+            return
         self.active.means.reset()
         values = {"train/loss": means["lm_loss"]} | {f"{self.active.phase}/{name}": m for name, m in means.items()}
         for name, value in values.items():
@@ -211,13 +232,12 @@ class CausalLMModule(EvaluatedModule):
     def lm_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of the response tokens, and how many they are.
 
-        Both so that means over the ranks are right: the count is the mean of the ranks' counts, and the mean of the
-        losses is that of all the ranks' tokens.
+        The count is the mean of the ranks' counts, and the loss is divided by it: the mean of the ranks' losses is
+        then the mean over all their tokens. Without a response token on any rank the loss is 0.
         """
         loss, targets_L = response_loss(self.lm, batch, body=self.body)
         count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
-        count = count.clamp(min=1.0)
-        return loss / count, count
+        return loss / count.clamp(min=1 / world_size()), count
 
     # --- optimisation --------------------------------------------------------------------------------
 
@@ -249,6 +269,24 @@ class CausalLMModule(EvaluatedModule):
             warmup_fraction=self.warmup_fraction,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Called once a window of micro-batches, at its last: the closure runs that one."""
+
+        def closure() -> Any:
+            assert optimizer_closure is not None
+            loss = optimizer_closure()
+            self._window.close(self.parameters(), divided_by=self.trainer.accumulate_grad_batches)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure if self._accumulates else optimizer_closure)
 
     @override
     def configure_gradient_clipping(
