@@ -1,6 +1,7 @@
 """Gradient accumulation by tokens: an optimizer step weighs every response token alike."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +18,63 @@ class TokenWindow:
     known. They are then those of the mean over all tokens of the window, on all ranks. Counts stay on the device.
     """
 
-    def __init__(self) -> None:
-        self._reference: Tensor | None = None  # tokens of the first micro-batch
-        self._tokens: Tensor | None = None  # of all so far
+    reference: Tensor  # tokens of the first micro-batch
+    tokens: Tensor  # of all so far
+    weight: Tensor  # of the micro-batch that was added last
 
-    def add(self, tokens: Tensor, *, first: bool) -> Tensor:
-        """Count a micro-batch.
+    def __init__(self) -> None:
+        self.is_open = False  # within a window, some micro-batches are done
+        self._is_whole = True  # the gradients are those of the counted micro-batches
+
+    def add(self, tokens: Tensor, *, first: bool) -> None:
+        """Count a micro-batch and set its weight; its backward pass comes next, then :meth:`added`.
 
         Args:
             tokens: its response tokens, the mean of the ranks' counts, so the same on every rank.
             first: it begins a window.
-        Returns: what its loss is multiplied by.
         """
-        if first or self._reference is None or self._tokens is None:
-            self._reference, self._tokens = _at_least_one(tokens), torch.zeros_like(tokens)
-        self._tokens = self._tokens + tokens
-        return tokens / self._reference
+        if first or not self.is_open:
+            self.reference, self.tokens = _at_least_one(tokens), torch.zeros_like(tokens)
+        self.tokens = self.tokens + tokens
+        self.weight = tokens / self.reference
+        self.is_open, self._is_whole = True, False
 
-    def close(self, params: Iterable[nn.Parameter], *, divided_by: int) -> None:
-        """Scale the gradients of a window whose last micro-batch was added.
+    def added(self) -> None:
+        """The micro-batch's gradients are complete."""
+        self._is_whole = True
+
+    def scale(self, module: nn.Module, *, divided_by: int) -> None:
+        """Scale the gradients once the last micro-batch is added; the optimizer's step comes next, then :meth:`close`.
 
         Args:
-            params: those with gradients; shards are scaled by each rank.
             divided_by: number that each loss was divided by, as Lightning does by ``accumulate_grad_batches``.
         """
-        assert self._reference is not None and self._tokens is not None
-        factor = divided_by * self._reference / _at_least_one(self._tokens)
-        grads = [local(param.grad) for param in params if param.grad is not None]
+        self._is_whole = False
+        factor = divided_by * self.reference / _at_least_one(self.tokens)
+        grads = [local(param.grad) for param in module.parameters() if param.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor)
-        self._reference = self._tokens = None
+
+    def close(self) -> None:
+        """The optimizer has stepped."""
+        self.is_open, self._is_whole = False, True
+
+    # --- checkpoints within a window -----------------------------------------------------------------
+
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """The open window for a checkpoint, its gradients included; without them where they can't be restored."""
+        if world_size() > 1 or not self._is_whole:
+            return {"gradients": None}
+        grads = {name: param.grad.cpu() for name, param in module.named_parameters() if param.grad is not None}
+        return {"gradients": grads, "tokens": self.tokens.cpu(), "reference": self.reference.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> None:
+        """Go on within the window of a checkpoint."""
+        for name, param in module.named_parameters():
+            if name in state["gradients"]:
+                param.grad = state["gradients"][name].to(param.device)
+                self.tokens, self.reference = (state[key].to(param.device) for key in ("tokens", "reference"))
+        self.is_open = True
 
 
 def _at_least_one(tokens: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -27,6 +28,7 @@ from upit.models import build
 from upit.sharding import shard
 
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
+WINDOW = "upit_window"  # of gradient accumulation, in checkpoints that are saved within one
 
 
 class CausalLMModule(EvaluatedModule):
@@ -88,7 +90,7 @@ class CausalLMModule(EvaluatedModule):
         self.swap_step: int | None = None
         self._set_aside: list[torch.optim.Optimizer] = []
         self._window = TokenWindow()
-        self._weight: Tensor | None = None  # of the micro-batch whose backward pass comes next
+        self._resumed_window: dict[str, Any] | None = None  # of a checkpoint that was saved within a window
         self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
     # --- the phase -----------------------------------------------------------------------------------
@@ -191,8 +193,7 @@ class CausalLMModule(EvaluatedModule):
             loss, terms, tokens = self.active.objective(batch)
         self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
         if self._accumulates:
-            first = batch_idx % self.trainer.accumulate_grad_batches == 0
-            self._weight = self._window.add(tokens, first=first)
+            self._window.add(tokens, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
         if self._is_logged(batch_idx):
             self._log_means()
         return loss
@@ -203,7 +204,11 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        super().backward(loss * self._weight if self._accumulates else loss, *args, **kwargs)
+        if not self._accumulates:
+            super().backward(loss, *args, **kwargs)
+            return
+        super().backward(loss * self._window.weight, *args, **kwargs)
+        self._window.added()
 
     def _is_logged(self, batch_idx: int) -> bool:
         """Whether a batch is the last of an optimizer step that ``trainer.log_every_n_steps`` picks."""
@@ -283,10 +288,11 @@ class CausalLMModule(EvaluatedModule):
         def closure() -> Any:
             assert optimizer_closure is not None
             loss = optimizer_closure()
-            self._window.close(self.parameters(), divided_by=self.trainer.accumulate_grad_batches)
+            self._window.scale(self, divided_by=self.trainer.accumulate_grad_batches)
             return loss
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure if self._accumulates else optimizer_closure)
+        self._window.close()
 
     @override
     def configure_gradient_clipping(
@@ -328,6 +334,9 @@ class CausalLMModule(EvaluatedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self.identity()
         checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
+        if self._window.is_open and "optimizer_states" in checkpoint:
+            accumulate = self.trainer.accumulate_grad_batches
+            checkpoint[WINDOW] = {"accumulate": accumulate, **self._window.state_dict(self)}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -339,3 +348,25 @@ class CausalLMModule(EvaluatedModule):
             if self._trainer is not None:
                 self.active.finish(self._trainer)
         self.active.means.restore(checkpoint.get(MEANS, {}))
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_window = self._checked_window(checkpoint.get(WINDOW))
+
+    def _checked_window(self, window: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Raises: ValueError: the checkpoint's pending gradients can't be restored."""
+        if window is None:
+            return None
+        now, then = self.trainer.accumulate_grad_batches, window["accumulate"]
+        if now != then or self.trainer.world_size > 1 or window["gradients"] is None:
+            raise ValueError(
+                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {then} batches of an optimizer step, "
+                "and its pending gradients can't be restored: that takes one process, the same "
+                f"trainer.accumulate_grad_batches (now {now}), and no interruption within a batch. Resume from another "
+                "checkpoint, and set trainer.val_check_interval to a multiple of accumulate_grad_batches"
+            )
+        return window
+
+    @override
+    def on_train_start(self) -> None:
+        if self._resumed_window is not None:
+            self._window.load_state_dict(self._resumed_window, self)
+            self._resumed_window = None

@@ -1,6 +1,7 @@
 """Gradient accumulation against a naive loop over the examples of each optimizer step."""
 
 import copy
+import shutil
 
 import lightning as L
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import ReasoningGymDataModule
 from lightning_modules import DenseModule, MoEModule
-from tests.conftest import FAMILIES, TINY, make_callbacks, make_module, make_trainer
+from tests.conftest import FAMILIES, TINY, make_callbacks, make_module, make_trainer, tiny_data
 from tests.lightning_modules.test_optimizers import Fused
 from upit.examples import IGNORE, collate
 from upit.families import moe_config
@@ -163,8 +164,8 @@ def test_the_balance_loss_of_each_micro_batch_counts_by_its_response_tokens(cach
 
 
 def test_the_logged_loss_is_the_mean_of_the_tokens_of_the_step(cache, tmp_path):
-    _, one, large = fit(cache, tmp_path, rows=8, accumulate=1)
-    _, _, small = fit(cache, tmp_path, rows=1, accumulate=8, empty=())
+    _, _, large = fit(cache, tmp_path, rows=8, accumulate=1)
+    _, _, small = fit(cache, tmp_path, rows=1, accumulate=8)
     assert small.callback_metrics["train/loss"] == pytest.approx(float(large.callback_metrics["train/loss"]), rel=1e-5)
     _, _, none = fit(cache, tmp_path, rows=1, accumulate=4, empty=range(4), limit_train_batches=4)
     assert "train/loss" not in none.callback_metrics
@@ -197,3 +198,40 @@ def test_two_processes_give_the_gradients_of_one(cache, tmp_path):
         theirs = naive(single, one.datamodule, window)
         for ours in grads:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+class SaveAt(L.Callback):
+    """Checkpoints at the end of batches, counted from the start of the fit."""
+
+    def __init__(self, run, batches) -> None:
+        self.run, self.batches, self.done = run, batches, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.done += 1
+        if self.done in self.batches:
+            trainer.save_checkpoint(self.run / f"checkpoints/{self.done}.ckpt")
+
+
+def resumed(cache, run, checkpoint, **trainer):
+    """The weights at the end of a fit that goes on in a copy of ``run``."""
+    copied = run.with_name(f"{run.name}-{checkpoint}")
+    shutil.copytree(run, copied)
+    module = make_module()
+    trainer = make_trainer(copied, make_callbacks(report=False), logger=False, **trainer)
+    path = str(copied / f"checkpoints/{checkpoint}.ckpt")
+    trainer.fit(module, datamodule=tiny_data(cache), ckpt_path=path, weights_only=True)
+    return module.lm.state_dict()
+
+
+def test_a_checkpoint_within_a_window_keeps_its_gradients(cache, tmp_path):
+    run, settings = tmp_path / "run", {"accumulate_grad_batches": 3, "max_steps": 8}
+    module = make_module()
+    saved = [5, 20, 21]  # within a window of the dense phase, of the MoE's, and between two
+    trainer = make_trainer(run, [*make_callbacks(report=False), SaveAt(run, saved)], logger=False, **settings)
+    trainer.fit(module, datamodule=tiny_data(cache))
+    assert module.phase == "moe"
+    for checkpoint in saved:
+        end = resumed(cache, run, checkpoint, **settings)
+        assert all(torch.equal(end[name], tensor) for name, tensor in module.lm.state_dict().items()), checkpoint
+    with pytest.raises(ValueError, match=r"pending gradients can't be restored.*accumulate_grad_batches \(now 2\)"):
+        resumed(cache, run.rename(tmp_path / "again"), 5, **settings | {"accumulate_grad_batches": 2})
