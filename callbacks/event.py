@@ -124,6 +124,7 @@ class UpcyclingEvent(Callback):
         due_at = self.due_at(pl_module)
         if due_at is None or trainer.global_step < due_at:
             return
+        pl_module.check_finite()
         self._tell(trainer, pl_module, f"on_{self.name}_start")
         compared = trainer.datamodule, self.drift_examples
         how = {"autocast": pl_module.autocast, "track": self.bar("Comparing logits")}

@@ -141,6 +141,7 @@ class ExpertHarvest(Callback):
         return distance
 
     def _save(self, trainer, pl_module: UpcyclingModule, *, step: int) -> None:
+        pl_module.check_finite()
         metrics, epoch = self._metrics(trainer), step / pl_module.steps_per_epoch()
         self.drain()
         tensors: dict[str, torch.Tensor] = {}

@@ -18,9 +18,11 @@ from lightning_modules.accumulation import TokenWindow
 from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import AdamW, adamw
+from lightning_modules.stops import stop
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
-from upit.distributed import all_sum, world_size
+from upit.distributed import all_sum, gathered, world_size
 from upit.examples import IGNORE, Batch
+from upit.finite import FiniteWatch, not_finite
 from upit.forward import Body, body_states, response_loss
 from upit.graphs import GraphedBody, check_capturable
 from upit.metrics import WeightedMeans
@@ -90,6 +92,7 @@ class CausalLMModule(EvaluatedModule):
         self.swap_step: int | None = None
         self._set_aside: list[torch.optim.Optimizer] = []
         self._window = TokenWindow()
+        self._watch = FiniteWatch(lambda name, step: stop(self, f"the {name}", step))
         self._resumed_window: dict[str, Any] | None = None  # of a checkpoint that was saved within a window
         self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
@@ -191,6 +194,7 @@ class CausalLMModule(EvaluatedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.compiler.set_stance("default"):
             loss, terms, tokens = self.active.objective(batch)
+        self._watch.add("loss", self.trainer.global_step + 1, loss)
         self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
         if self._accumulates:
             self._window.add(tokens, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
@@ -222,6 +226,7 @@ class CausalLMModule(EvaluatedModule):
 
         To the loggers directly: Lightning would log the dense phase's last value again with every value of the MoE's.
         """
+        self._watch.settle()
         means = self.active.means.compute()
         if not means:  # no response token since the last logged step
             return
@@ -241,7 +246,10 @@ class CausalLMModule(EvaluatedModule):
         then the mean over all their tokens. Without a response token on any rank the loss is 0.
         """
         loss, targets_L = response_loss(self.lm, batch, body=self.body)
-        count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
+        count = (targets_L != IGNORE).sum(dtype=torch.float32)
+        if world_size() > 1:  # a loss that is not finite on one rank becomes so on all, and they stop together
+            count, total = all_sum(torch.stack([count, loss.detach()])) / world_size()
+            loss = loss + 0.0 * total
         return loss / count.clamp(min=1 / world_size()), count
 
     # --- optimisation --------------------------------------------------------------------------------
@@ -304,9 +312,35 @@ class CausalLMModule(EvaluatedModule):
         norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
         unsharded = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if norm and unsharded and isinstance(optimizer, AdamW) and optimizer.clips:
-            optimizer.clip(norm)
+            total = optimizer.clip(norm)
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # float16's scaler skips such steps
+                self._watch.add("gradients' norm", self.trainer.global_step + 1, total)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # --- numbers that are not finite -----------------------------------------------------------------
+
+    def check_finite(self) -> None:
+        """Check the training losses and the gradients' norms so far, and the weights; waits for them. A collective.
+
+        Called before anything is made of the model: a checkpoint, a harvest, a validation, the next model.
+
+        Raises: NotFiniteError: one is NaN or infinite.
+        """
+        self._watch.settle()
+        names = sorted(set().union(*gathered(not_finite(dict(self.lm.named_parameters())))))
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            stop(self, f"the weight {names[0]!r}{more} at the end", self.trainer.global_step)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_finite()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.check_finite()  # before callbacks export the model at the end of the fit
 
     # --- the end of a fit ----------------------------------------------------------------------------
     # Lightning then moves optimizer and model to the host, which takes seconds, in vain if it is the last fit
@@ -332,6 +366,7 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()
         checkpoint[IDENTITY] = self.identity()
         checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
         if self._window.is_open and "optimizer_states" in checkpoint:
@@ -360,8 +395,8 @@ class CausalLMModule(EvaluatedModule):
             raise ValueError(
                 f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {then} batches of an optimizer step, "
                 "and its pending gradients can't be restored: that takes one process, the same "
-                f"trainer.accumulate_grad_batches (now {now}), and no interruption within a batch. Resume from another "
-                "checkpoint, and set trainer.val_check_interval to a multiple of accumulate_grad_batches"
+                f"trainer.accumulate_grad_batches (now {now}), and no interruption within a batch. Resume from "
+                "another checkpoint, and set trainer.val_check_interval to a multiple of accumulate_grad_batches"
             )
         return window
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from upit.files import Fields, FileError, check_fields, read_json, write_json
+from upit.files import Fields, FileError, as_nan, check_fields, read_json, write_json
 from upit.strategy import Strategy
 
 EVENTS = ("upcycling", "growth")  # each has a folder
@@ -91,7 +91,8 @@ class Run:
     @cached_property
     def pilot(self) -> list[dict[str, Any]] | None:
         """Held-out scores of the checkpoints; see :func:`upit.pilot.score_checkpoints`."""
-        return self._list("upcycling/pilot.json", PILOT)
+        scores = self._list("upcycling/pilot.json", PILOT)
+        return as_nan(scores) if scores else None
 
     @cached_property
     def distances(self) -> list[dict[str, Any]] | None:
@@ -182,19 +183,22 @@ class Run:
 
     def _matrix(self, file: str) -> list[list[float]] | None:
         found = self._read(file, list)
+        found = found and as_nan(found)
         if found is not None and _tensor(found, self.directory / file, "the matrix").shape != (len(found),) * 2:
             raise FileError(f"{str(self.directory / file)!r} does not hold a square matrix of numbers")
         return found
 
     def _swap(self, file: str) -> dict[str, Any] | None:
         found = self._read(file, dict)
-        if found is not None:
-            check_fields(found, SWAP, self.directory / file, "the object")
+        if found is None:
+            return None
+        found = as_nan(found)
+        check_fields(found, SWAP, self.directory / file, "the object")
         return found
 
 
 def read_report(run: Path) -> dict[str, Any] | None:
-    """The scores of a run's stages; None where there is no report.json yet.
+    """The scores of a run's stages, NaN where one was not finite; None where there is no report.json yet.
 
     Raises: FileError: it is damaged.
     """
@@ -203,6 +207,7 @@ def read_report(run: Path) -> dict[str, Any] | None:
         return None
     report = read_json(file, dict)
     check_fields(report, {"stages": dict}, file, "the report")
+    report["stages"] = as_nan(report["stages"])
     for name, stage in report["stages"].items():
         check_fields(stage, {"average": dict}, file, f"stages.{name}")
     return report

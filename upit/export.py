@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from upit.artefacts import Run, read_report
 from upit.checkpoints import config_of, read_identity, read_weights
 from upit.files import check_output, fresh_directory
+from upit.finite import NotFiniteError, not_finite
 
 
 def export_model(
@@ -25,9 +26,15 @@ def export_model(
         card: text of the README.md.
     Raises:
         FileExistsError: the output is not empty.
+        NotFiniteError: a weight is NaN or infinite.
         RuntimeError: a weight is missing or unexpected.
     """
     output = Path(output)
+    if broken := not_finite(weights):
+        raise NotFiniteError(
+            f"{len(broken)} of {len(weights)} weights hold NaN or infinity, the first is {broken[0]!r}: training "
+            "diverged. Nothing is exported; export an earlier checkpoint"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()

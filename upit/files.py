@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,10 @@ import torch
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a value in plain types. JSON has no NaN and no infinity: they become null; :func:`as_nan` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=indent) + "\n")
+    beside.write_text(json.dumps(_without_nan(value), indent=indent, allow_nan=False) + "\n")
     os.replace(beside, path)
 
 
@@ -72,6 +74,23 @@ def plain_name(name: Any, file: Path, where: str) -> str:
     if not isinstance(name, str) or not name or name in (".", "..") or {"/", "\\", "\0"} & set(name):
         raise FileError(f"{str(file)!r}: {where} names {name!r:.200}, which is not a file of this folder")
     return name
+
+
+def as_nan(value: Any) -> Any:
+    """Scores that were read from JSON, with NaN in the place of null."""
+    if isinstance(value, dict):
+        return {key: as_nan(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [as_nan(content) for content in value]
+    return math.nan if value is None else value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: Any) -> str:
