@@ -19,6 +19,7 @@ from lightning_modules.evaluated import EvaluatedModule
 from lightning_modules.monitors import check_monitors
 from lightning_modules.optimizers import AdamW, adamw
 from lightning_modules.stops import stop
+from lightning_modules.strategies import check_strategy
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
 from upit.distributed import all_sum, gathered, world_size
 from upit.examples import IGNORE, Batch
@@ -131,6 +132,7 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer)
         if stage == "fit":
             if any(phase.cuda_graphs for phase in self.phases):
                 self._check_graphs()

@@ -44,6 +44,7 @@ def test_graphs_exclude_what_they_cannot_hold(make_data, tmp_path):
         MoEModule(cuda_graphs=True, gradient_checkpointing=True)
     two = make_trainer(tmp_path, [], logger=False, devices=2, strategy="ddp")
     sharded = make_trainer(tmp_path, [], logger=False, strategy=ModelParallelStrategy(1, 1))
+    sharded.strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
     for trainer, message in ((two, "2 with DDPStrategy"), (sharded, "1 with ModelParallelStrategy")):
         module = make_module(cuda_graphs=True)
         module.trainer = trainer
