@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from upit import attention, experts
 from upit.families import MOE_TYPES, family_of
+from upit.rotary import keep_frequencies
 from upit.routers import prepare_routers
 from upit.sources import loading, resolve
 
@@ -96,6 +97,7 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.generation_config.do_sample = False
     for sampling in ("temperature", "top_p", "top_k"):
         setattr(model.generation_config, sampling, None)
+    keep_frequencies(model)
     if model.config.model_type in MOE_TYPES:
         experts.use(model)
         prepare_routers(model)

@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -13,7 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from lightning_modules import DenseModule, MoEModule, UpITModule
-from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
 from upit.families import moe_config
 from upit.models import build
 from upit.router_init import Random
@@ -152,6 +153,35 @@ def test_load_from_checkpoint_needs_no_trainer(finished, step, phase):
     saved = torch.load(run / f"checkpoints/step={step}.ckpt", weights_only=True)["state_dict"]
     assert module.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
+
+
+class Frequencies(L.Callback):
+    """The dtypes of the rotary frequencies and of the weights, by phase."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        rotary = module.lm.model.rotary_emb
+        dtypes = {buffer.dtype for buffer in rotary.buffers()}
+        self.seen |= {(module.phase, dtype, next(module.lm.parameters()).dtype) for dtype in dtypes}
+
+
+def test_bf16_true_rounds_no_rotary_frequencies(make_data, tmp_path):
+    """Before the swap, after it, after a resume of either phase, and in a validation alone."""
+    run, half = tmp_path / "run", {"precision": "bf16-true", "max_steps": 4, "logger": False}
+    upcycling = {"harvest": {"every_n_steps": 1}, "upcycling": {"at_step": 2, "router": Random()}, "report": False}
+    phases = {"dense", "moe"}
+    for resumed, expected in ((None, phases), (1, phases), (3, {"moe"})):
+        callbacks, watch = [*make_callbacks(**upcycling), every_step_checkpoints(run)], Frequencies()
+        path = None if resumed is None else str(run / f"checkpoints/step={resumed}.ckpt")
+        trainer = make_trainer(run, [*callbacks, watch], **half)
+        trainer.fit(make_module(), datamodule=make_data(), ckpt_path=path, weights_only=True)
+        assert watch.seen == {(phase, torch.float32, torch.bfloat16) for phase in expected}
+    module = make_module()
+    make_trainer(run, [], **half).validate(module, datamodule=make_data(), ckpt_path=path, verbose=False)
+    assert {buffer.dtype for buffer in module.lm.model.rotary_emb.buffers()} == {torch.float32}
+    assert module.lm.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("step", [4, 9])
