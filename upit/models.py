@@ -41,6 +41,25 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     return _prepare(model)
 
 
+def from_scratch(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
+    """A model to train from random weights: the same ones on every device, in any number of processes.
+
+    They are drawn on the CPU in float32 and then take torch's default device and dtype.
+
+    Args:
+        seed: of the weights; torch's own generator is left as it was.
+    """
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            model = build(config)
+    finally:
+        torch.set_default_dtype(dtype)
+    return model.to(device=device, dtype=dtype)
+
+
 def outline(config: PretrainedConfig) -> PreTrainedModel:
     """A model of this config without weights, on the meta device: names and shapes, for checks before a run."""
     with torch.device("meta"):

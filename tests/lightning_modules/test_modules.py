@@ -155,6 +155,18 @@ def test_load_from_checkpoint_needs_no_trainer(finished, step, phase):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
 
 
+def test_the_seed_alone_decides_on_weights_from_scratch(make_data, tmp_path):
+    """Not what was drawn from torch's generator before."""
+    models = []
+    for drawn in (0, 7):
+        module = DenseModule(config=TINY, lr=0.0)
+        L.seed_everything(3)
+        torch.rand(drawn)
+        fit(module, make_data(), tmp_path)
+        models.append(module.lm.state_dict())
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
 class Frequencies(L.Callback):
     """The dtypes of the rotary frequencies and of the weights, by phase."""
 
