@@ -16,7 +16,8 @@ def keep_frequencies(model: nn.Module) -> None:
     """
     for module in model.modules():
         if any(name.endswith(FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
-            module.__class__ = _kept(type(module))
+            kind: Any = type(module)
+            module.__class__ = _kept(kind)
 
 
 class _KeepsDtype(nn.Module):
