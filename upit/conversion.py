@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upit.ahead import ahead
 from upit.compatibility import check_config
-from upit.config_files import read_configs
+from upit.config_files import make_portable, read_configs
 from upit.families import FAMILIES, FFN, Family, expert_name, is_expert
 from upit.files import Estimate, fresh_directory, write_json
 from upit.pool import Expert
@@ -147,10 +147,11 @@ class Conversion:
         tensors = ahead(lambda name: (name, plan[name][1]().to(self.dtype)), track(plan))
         with fresh_directory(output, overwrite=overwrite) as directory:
             write_checkpoint(directory, tensors, specs, max_shard_bytes=max_shard_bytes)
-            write_json(directory / "config.json", dict(sorted(self.config.items())))
+            write_json(directory / "config.json", self.config)
             for file in ("generation_config.json", *TOKENIZER):
                 if (self.directory / file).exists():
                     shutil.copy(self.directory / file, directory / file)
+            make_portable(directory)
             (directory / "README.md").write_text(self._card(output.name))
         return output
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from upit.artefacts import Run, read_report
 from upit.checkpoints import config_of, read_identity, read_weights
+from upit.config_files import make_portable
 from upit.files import check_output, fresh_directory
 from upit.finite import NotFiniteError, not_finite
 
@@ -50,6 +51,7 @@ def export_model(
     with fresh_directory(output) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        make_portable(directory)
         (directory / "README.md").write_text(card)
     return output
 

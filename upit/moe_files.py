@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from upit.config_files import make_portable
 from upit.families import FFN, MOE_TYPES, expert_name, family_of_moe
 from upit.files import Estimate, digest, fresh_directory
 from upit.pool import Expert
@@ -88,3 +89,4 @@ class MoEFiles:
             for file in self.directory.iterdir():
                 if file.is_file() and ".safetensors" not in file.name:
                     shutil.copy(file, directory / file.name)
+            make_portable(directory)

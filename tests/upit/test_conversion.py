@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.upit.tiny import dense_model, expert_of
+from upit.config_files import make_portable
 from upit.conversion import Conversion
 from upit.expert_sources import experts_at
 from upit.families import FAMILIES, moe_config
@@ -63,11 +64,14 @@ def test_identical_to_an_independent_construction(family, tmp_path):
     conversion_of(paths[0], paths).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
     expected = independent(paths, ROUTER_DEH)
     expected.save_pretrained(tmp_path / "expected")
+    make_portable(tmp_path / "expected")
     ours, theirs = files_of(tmp_path / "moe"), files_of(tmp_path / "expected")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("moe", "expected")]
     assert configs[0] == configs[1]
+    assert configs[0]["rope_theta"] == configs[0]["rope_parameters"]["rope_theta"]
+    assert configs[0]["num_experts"] == 3
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     ids = torch.arange(3, 23)[None]

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.upit.tiny import dense_model
 from upit.cli import STAGES, main
+from upit.families import moe_config
 from upit.files import read_json
 from upit.moe_files import MoEFiles
 from upit.pool import Pool
@@ -296,9 +297,19 @@ def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
     assert changed == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)}
     assert ours.keys() == theirs.keys()
     assert (tmp_path / "new/config.json").read_text() == (tmp_path / "moe/config.json").read_text()
+    assert read_json(tmp_path / "new/config.json")["num_experts"] == 3
     run("init-router", base=checkpoints[0], moe=moe, output=tmp_path / "random", router="Random", seed=5)
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "same", seed=5)
     assert torch.equal(gates_of(tmp_path / "random"), gates_of(tmp_path / "same"))
+
+
+def test_a_moe_of_stock_transformers_comes_out_portable(checkpoints, tmp_path):
+    moe = moe_config(AutoConfig.from_pretrained(checkpoints[0]), num_experts=3, top_k=2)
+    AutoModelForCausalLM.from_config(moe).save_pretrained(tmp_path / "moe")
+    assert "num_experts" not in read_json(tmp_path / "moe/config.json")
+    run("init-router", base=checkpoints[0], moe=tmp_path / "moe", output=tmp_path / "new", router="Random")
+    written = read_json(tmp_path / "new/config.json")
+    assert (written["num_experts"], written["rope_theta"]) == (3, 5e4)
 
 
 def test_init_router_wants_one_of_moe_and_experts(checkpoints, tmp_path):
