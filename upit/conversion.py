@@ -111,8 +111,8 @@ class Conversion:
                         self.base[name].shape,
                         partial(expert.read, name),
                     )
-            for part, shape in self.family.shared_expert(self.moe).items():
-                plan[f"model.layers.{layer}.{part}"] = shape, partial(torch.zeros, shape)
+            for part, tensor in self.family.shared_expert(self.moe).items():
+                plan[f"model.layers.{layer}.{part}"] = tuple(tensor.shape), tensor.clone
         return plan
 
     def estimate(self) -> Estimate:

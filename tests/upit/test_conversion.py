@@ -50,6 +50,8 @@ def independent(paths, router_DEH, dtype=torch.float32):
         for name in state:
             if f"layers.{i}.mlp.shared_expert" in name:
                 state[name] = torch.zeros_like(state[name])
+                if name.endswith("shared_expert_gate.weight"):  # the gate of nothing; never zero, for llama.cpp
+                    state[name] = torch.tensor([[1.0, 2**-12, *[2**-24] * 30]])
     moe.load_state_dict(state)
     return moe
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 
@@ -68,8 +69,8 @@ class Family(ABC):
     ) -> PretrainedConfig:
         """The MoE's config class, from the fields both sides share."""
 
-    def shared_expert(self, moe: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-        """Name within a layer and shape of every weight of the shared expert; all of them become zero."""
+    def shared_expert(self, moe: PretrainedConfig) -> dict[str, Tensor]:
+        """Every weight of the shared expert, by its name within a layer, in float32; together they add nothing."""
         return {}
 
     def router_in_file(self, layer: int) -> str:
