@@ -46,12 +46,19 @@ class Conversion:
         experts: see :func:`upit.expert_sources.experts_at`.
         top_k: experts a token.
         dtype: of the output; default the base's.
+        untie: write a head of its own where the base's is tied to the embedding.
     Raises: ValueError: unsupported architecture; top_k out of range; or, naming file and tensor, an expert's
         architecture, vocabulary, shapes or dtype are not the base's, or a file is broken.
     """
 
     def __init__(
-        self, base: Path, experts: Sequence[Expert], *, top_k: int = 2, dtype: torch.dtype | None = None
+        self,
+        base: Path,
+        experts: Sequence[Expert],
+        *,
+        top_k: int = 2,
+        dtype: torch.dtype | None = None,
+        untie: bool = False,
     ) -> None:
         self.directory = base
         checkpoints = [expert.file for expert in experts if expert.file.is_dir()]
@@ -68,6 +75,9 @@ class Conversion:
             for name in self._ffn_names:
                 self._check_tensor(expert, name, any_dtype=dtype is not None)
         self.config = configs.moe_file | {"dtype": str(self.dtype).removeprefix("torch.")}
+        self.untie = untie and self.dense.tie_word_embeddings
+        if self.untie:
+            self.config["tie_word_embeddings"] = False
 
     @property
     def _ffn_names(self) -> list[str]:
@@ -102,6 +112,9 @@ class Conversion:
         for name, entry in self.base.items():
             if not (is_expert(name) or name in tied or name.endswith(_LEFT_OUT)):
                 plan[name] = entry.shape, partial(self.base.read, name)
+        if self.untie:
+            embedding = "model.embed_tokens.weight"
+            plan["lm_head.weight"] = self.base[embedding].shape, partial(self.base.read, embedding)
         for layer, router_EH in enumerate(router_DEH):
             plan[self.family.router_in_file(layer)] = tuple(router_EH.shape), router_EH.clone
             for e, expert in enumerate(self.experts):

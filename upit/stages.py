@@ -32,6 +32,7 @@ def upcycle(
     assignment: Assignment | None = None,
     seed: int = 0,
     max_shard_gb: float = 5.0,
+    untie: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Assemble dense checkpoints into a Mixture-of-Experts that stock transformers loads, tensor by tensor.
@@ -49,6 +50,7 @@ def upcycle(
         assignment: who gets which seed example; default LowestPerplexity.
         seed: of all that is drawn.
         max_shard_gb: size of a weight file, GB.
+        untie: write a head of its own where it is tied to the embedding; some clients need one (docs/clients.md).
         overwrite: replace what is at the output.
     """
     import torch
@@ -66,7 +68,7 @@ def upcycle(
     if not overwrite:
         check_output(target)
     conversion = Conversion(
-        Path(base), all_experts(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None
+        Path(base), all_experts(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None, untie=untie
     )
     router = router or Random()
     estimate = learning_estimate(router, conversion.base, len(conversion.experts)).then(conversion.estimate())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from tests.upit.tiny import dense_config, dense_model, expert_of
@@ -40,6 +41,16 @@ def test_identical_experts_reproduce_the_dense_logits(family, tmp_path):
     assert moe.config.model_type == FAMILIES[family].moe_type
     assert dense(IDS_BT).logits.std() > 0.1
     torch.testing.assert_close(moe(IDS_BT).logits, dense(IDS_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@every_family
+def test_the_shapes_of_a_complete_checkpoint_are_those_that_transformers_saves(family, tied, tmp_path):
+    model = dense_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    saved = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert FAMILIES[family].dense_shapes(model.config) == saved
+    assert FAMILIES[family].dense_shapes(moe_config(model.config, num_experts=3, top_k=2)) == saved
 
 
 @torch.no_grad()

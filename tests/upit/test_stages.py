@@ -62,6 +62,21 @@ def test_upcycle_by_flags_and_by_config_agree(checkpoints, tmp_path, capsys):
     assert gates.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+def test_upcycle_unties_the_head(checkpoints, tmp_path):
+    keys = ["upcycle", "--base", checkpoints[0], "--experts", str(checkpoints), "--output"]
+    main([*keys, str(tmp_path / "tied")])
+    main([*keys[:1], "--untie", *keys[1:], str(tmp_path / "untied")])
+    tied, untied = (load_file(tmp_path / name / "model.safetensors") for name in ("tied", "untied"))
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+    assert torch.equal(untied["lm_head.weight"], tied["model.embed_tokens.weight"])
+    assert read_json(tmp_path / "untied/config.json")["tie_word_embeddings"] is False
+    tied, untied = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("tied", "untied"))
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert torch.equal(tied(ids).logits, untied(ids).logits)
+
+
 def test_upcycle_overwrites_only_when_told(checkpoints, tmp_path):
     keys = {"base": checkpoints[0], "experts": checkpoints[:2], "output": tmp_path / "moe"}
     run("upcycle", **keys)
@@ -98,6 +113,20 @@ def test_expand_in_a_process_of_its_own_imports_no_transformers(checkpoints, tmp
     keys = ["--base", checkpoints[0], "--experts", str(checkpoints), "--num_experts", "4", "--output"]
     subprocess.run([sys.executable, "-c", LIGHT, "expand", *keys, str(tmp_path / "pool")], check=True)
     assert len(Pool.load(tmp_path / "pool").experts) == 4
+
+
+def test_export_unties_the_head(finished, tmp_path):
+    folder, _, _ = finished
+    checkpoint = next((folder / "checkpoints").glob("*=9.ckpt"))
+    for name, flags in (("tied", []), ("untied", ["--untie"])):
+        main(["export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / name), *flags])
+    tied, untied = (load_file(tmp_path / name / "model.safetensors") for name in ("tied", "untied"))
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+    assert torch.equal(untied["lm_head.weight"], tied["model.embed_tokens.weight"])
+    assert [read_json(tmp_path / name / "config.json")["tie_word_embeddings"] for name in ("tied", "untied")] == [
+        True,
+        False,
+    ]
 
 
 def test_upcycle_says_what_a_router_lacks(checkpoints, tmp_path):

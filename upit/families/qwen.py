@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upit.families.base import Family
+from upit.families.base import ATTENTION, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,9 @@ class Qwen2(Family):
             norm_topk_prob=True,
             qkv_bias=True,
         )
+
+    def biased(self, config: Any) -> tuple[str, ...]:
+        return ATTENTION[:3]
 
     def shared_expert(self, moe: PretrainedConfig) -> dict[str, Tensor]:
         import torch
@@ -87,3 +90,6 @@ class Qwen3(Family):
             norm_topk_prob=True,
             attention_bias=dense.attention_bias,
         )
+
+    def qk_norms(self, queries: int, keys: int, head: int) -> dict[str, int]:
+        return {"q_norm": head, "k_norm": head}
