@@ -6,6 +6,7 @@ has not imported it yet lets another one read, which is told that there is none.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,30 @@ def read_configs(base: Path, others: Sequence[Path], *, num_experts: int = 0, to
     return Configs(
         SimpleNamespace(**dense), [SimpleNamespace(**own) for own in found], SimpleNamespace(**moe), moe_file
     )
+
+
+TOKENIZER_FILES = (  # of tokenizers, sentencepiece, tiktoken and Mistral, and a tokenizer's own class
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a model's tokenizer files, chat templates and generation config from one directory to another."""
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
 
 
 def make_portable(directory: Path) -> None:

@@ -220,10 +220,9 @@ def init_router(
     """
     from transformers import AutoConfig
 
+    from upit.compatibility import check_config
     from upit.files import Estimate, check_output, fresh_directory
-    from upit.models import outline
     from upit.moe_files import MoEFiles
-    from upit.non_experts import Named
     from upit.router_init import RoutingVectors
     from upit.router_init.standalone import dense_model, initialise, learning_estimate, work_beside
     from upit.stage_inputs import all_experts, base_at, check_apart, check_experts
@@ -240,8 +239,8 @@ def init_router(
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     dense, router = base_at(base), router or RoutingVectors()
     check_experts(found, dense)
-    if moe:
-        Named(moe).check(outline(config))
+    if files:
+        check_config(files.directory, files.config, config, moe=True)
     size = 4 * config.num_hidden_layers * len(found) * config.hidden_size
     estimate = learning_estimate(router, dense.tensors, len(found)).then(
         files.estimate() if files else Estimate(size, size)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.upit.tiny import dense_model
@@ -235,7 +235,7 @@ def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, mon
 
 def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
     dense_model("llama", intermediate_size=40).save_pretrained(tmp_path / "odd")
-    with pytest.raises(SystemExit, match=r"odd: tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"):
+    with pytest.raises(SystemExit, match=r"odd/config\.json: intermediate_size=40, the dense model has 48"):
         expand([*checkpoints, str(tmp_path / "odd")], tmp_path / "pool")
     dense_model("llama", vocab_size=65).save_pretrained(tmp_path / "words")
     with pytest.raises(SystemExit, match=r"words/config\.json: vocab_size=65, the dense model has 64"):
@@ -318,6 +318,9 @@ def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
     checkpoints, data = trained
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
     moe, out = str(tmp_path / "moe"), str(tmp_path / "new")
+    (tmp_path / "moe/additional_chat_templates").mkdir()
+    (tmp_path / "moe/additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    (tmp_path / "moe/pytorch_model.bin").write_text("an old router")
     router = {"class_path": "RoutingVectors", "init_args": {"epochs": 1}}
     keys = {"base": checkpoints[0], "moe": moe, "output": out, "data": data, "seed_fraction": 0.1}
     by_config("init-router", tmp_path, router=router, **keys)
@@ -327,6 +330,8 @@ def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
     assert ours.keys() == theirs.keys()
     assert (tmp_path / "new/config.json").read_text() == (tmp_path / "moe/config.json").read_text()
     assert read_json(tmp_path / "new/config.json")["num_experts"] == 3
+    assert (tmp_path / "new/additional_chat_templates/rag.jinja").exists()
+    assert not (tmp_path / "new/pytorch_model.bin").exists()
     run("init-router", base=checkpoints[0], moe=moe, output=tmp_path / "random", router="Random", seed=5)
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "same", seed=5)
     assert torch.equal(gates_of(tmp_path / "random"), gates_of(tmp_path / "same"))
@@ -353,10 +358,21 @@ def test_init_router_names_what_does_not_fit_before_any_work(checkpoints, tmp_pa
     dense_model("llama", vocab_size=80).save_pretrained(tmp_path / "wide")
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
     keys = {"output": tmp_path / "out", "router": "Ridge", "router.strength": 0.1}
-    with pytest.raises(SystemExit, match=r"narrow: tensor '.*down_proj.weight' has shape \(32, 40\)"):
+    with pytest.raises(SystemExit, match=r"narrow/config\.json: intermediate_size=40, the dense model has 48"):
         run("init-router", base=checkpoints[0], experts=[*checkpoints, str(tmp_path / "narrow")], **keys)
-    with pytest.raises(SystemExit, match=r"moe': tensor 'model.embed_tokens.weight' has shape \(64, 32\)"):
+    with pytest.raises(SystemExit, match=r"moe/config\.json: vocab_size=64, the dense model has 80"):
         run("init-router", base=tmp_path / "wide", moe=tmp_path / "moe", **keys)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    dense_model("llama", rope_parameters=rope).save_pretrained(tmp_path / "wide")
+    with pytest.raises(
+        SystemExit, match=r"moe/config\.json: rope_parameters.rope_theta=50000.0, the dense .* 1000000"
+    ):
+        run("init-router", base=tmp_path / "wide", moe=tmp_path / "moe", **keys)
+    tensors = load_file(tmp_path / "moe/model.safetensors")
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    save_file({name: tensors[name] for name in tensors if name != router}, tmp_path / "moe/model.safetensors")
+    with pytest.raises(SystemExit, match=rf"moe: tensor '{router}' is missing"):
+        run("init-router", base=checkpoints[0], moe=tmp_path / "moe", **keys)
     assert {path.name for path in tmp_path.iterdir()} == {"narrow", "wide", "moe", *(f"dense_{i}" for i in range(3))}
 
 

@@ -41,6 +41,11 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def ffn_size(config: Any) -> int:
+    """Intermediate size of a dense model's FFN, or of one expert of a MoE."""
+    return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+
+
 class Family(ABC):
     """A dense architecture of stock transformers and the MoE architecture that expresses it exactly.
 
@@ -83,7 +88,7 @@ class Family(ABC):
             config: the dense model's, with the fields that transformers fills in. Of a MoE's config, these are the
                 shapes of the dense model it came from.
         """
-        wide, inner = config.hidden_size, config.intermediate_size
+        wide, inner = config.hidden_size, ffn_size(config)
         head = head_dim(config)
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": wide}
