@@ -85,14 +85,22 @@ def check_config(path: Path, own: Any, dense: Any, *, moe: bool = False) -> None
     kinds = [dense.model_type, *([family_of(dense).moe_type] if moe else [])]
     if own.model_type not in kinds:
         raise ValueError(f"{file}: model_type={own.model_type!r}, the dense model has {dense.model_type!r}")
-    theirs, ours = _architecture(own), _architecture(dense)
-    for field in ours | theirs:
+    check_architecture(file, architecture(own), dense)
+
+
+def check_architecture(file: Path, theirs: Mapping[str, Any], dense: Any) -> None:
+    """Compare what :func:`architecture` says of another model to the dense one.
+
+    Raises: ValueError: they differ; names the file, the field and both values.
+    """
+    ours = architecture(dense)
+    for field in {**ours, **theirs}:
         if (theirs.get(field) or None) != (ours.get(field) or None):  # one that is off may also be left out
             raise ValueError(f"{file}: {field}={theirs.get(field)!r}, the dense model has {ours.get(field)!r}")
 
 
-def _architecture(config: Any) -> dict[str, Any]:
-    """What a config says about the computation, by field."""
+def architecture(config: Any) -> dict[str, Any]:
+    """What a config says about the computation, by field, in plain types."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type") in BY_CONTEXT:
         rope["max_position_embeddings"] = config.max_position_embeddings

@@ -218,9 +218,11 @@ def init_router(
         seed: of all that is drawn.
         overwrite: replace what is at the output.
     """
+    import json
+
     from transformers import AutoConfig
 
-    from upit.compatibility import check_config
+    from upit.compatibility import architecture, check_config
     from upit.files import Estimate, check_output, fresh_directory
     from upit.moe_files import MoEFiles
     from upit.router_init import RoutingVectors
@@ -266,7 +268,8 @@ def init_router(
     else:
         with fresh_directory(target, overwrite=overwrite) as directory:
             specs = {"router": (router_DEH.dtype, tuple(router_DEH.shape))}
-            write_tensors(directory / "router.safetensors", [("router", router_DEH)], specs)
+            metadata = {"architecture": json.dumps(architecture(config))}
+            write_tensors(directory / "router.safetensors", [("router", router_DEH)], specs, metadata)
     print(f"Wrote {output}")
 
 

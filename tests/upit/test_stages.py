@@ -346,6 +346,18 @@ def test_a_moe_of_stock_transformers_comes_out_portable(checkpoints, tmp_path):
     assert (written["num_experts"], written["rope_theta"]) == (3, 5e4)
 
 
+def test_a_router_of_another_architecture_is_refused(checkpoints, tmp_path):
+    run("init-router", base=checkpoints[0], experts=checkpoints, output=tmp_path / "router", router="Random")
+    others = [tmp_path / f"other_{seed}" for seed in range(3)]
+    for seed, path in enumerate(others):
+        dense_model("llama", seed, rms_norm_eps=1e-5).save_pretrained(path)
+    keys = {"router": "FromFile", "router.path": tmp_path / "router/router.safetensors", "output": tmp_path / "moe"}
+    with pytest.raises(SystemExit, match=r"router.safetensors: rms_norm_eps=1e-06, the dense model has 1e-05"):
+        run("upcycle", base=others[0], experts=[str(path) for path in others], **keys)
+    assert not (tmp_path / "moe").exists()
+    run("upcycle", base=checkpoints[0], experts=checkpoints, **keys)
+
+
 def test_init_router_wants_one_of_moe_and_experts(checkpoints, tmp_path):
     with pytest.raises(SystemExit, match="give one of moe and experts"):
         run("init-router", base=checkpoints[0], output=tmp_path / "out")
