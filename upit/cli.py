@@ -65,11 +65,16 @@ def _export(args: list[str]) -> None:
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run, before or after the swap")
     parser.add_argument("--output", required=True, help="directory to write; must not hold anything yet")
     parser.add_argument("--tokenizer", help="its directory; default: tokenizer/ of the checkpoint's run")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="write a head of its own where it is tied to the embedding; some clients need one, see docs/clients.md",
+    )
     options = parser.parse_args(args)
     from upit.export import export_checkpoint
 
     try:
-        output = export_checkpoint(options.ckpt_path, options.output, tokenizer=options.tokenizer)
+        output = export_checkpoint(options.ckpt_path, options.output, tokenizer=options.tokenizer, untie=options.untie)
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         parser.error(str(error))
     print(f"Exported to {output}")
@@ -93,7 +98,8 @@ def _stage(command: str, args: list[str]) -> None:
     from upit.choices import explain
 
     bare = [
-        arg == "--overwrite" and after.startswith("--") for arg, after in zip(args, [*args[1:], "--"], strict=True)
+        arg in ("--overwrite", "--untie") and after.startswith("--")
+        for arg, after in zip(args, [*args[1:], "--"], strict=True)
     ]
     args = [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
     settings = {"prog": f"upit {command}", "parser_mode": "yaml", "parser_class": _plain(ArgumentParser)}

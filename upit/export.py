@@ -1,5 +1,6 @@
 """Export a model in stock transformers format: weights, tokenizer, chat template and a model card."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from upit.artefacts import Run, read_report
 from upit.checkpoints import config_of, read_identity, read_weights
+from upit.config_files import make_portable
 from upit.files import check_output, fresh_directory
 from upit.finite import NotFiniteError, not_finite
 
 
 def export_model(
-    config: PretrainedConfig, weights: Mapping[str, Tensor], tokenizer, output: str | Path, *, card: str
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer,
+    output: str | Path,
+    *,
+    card: str,
+    untie: bool = False,
 ) -> Path:
     """Write a model that stock ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -24,6 +32,7 @@ def export_model(
         weights: state dict, its names as in transformers.
         output: a directory that does not exist or is empty; it appears only when complete.
         card: text of the README.md.
+        untie: write a head of its own where the config ties it to the embedding; some clients need one.
     Raises:
         FileExistsError: the output is not empty.
         NotFiniteError: a weight is NaN or infinite.
@@ -35,6 +44,8 @@ def export_model(
             f"{len(broken)} of {len(weights)} weights hold NaN or infinity, the first is {broken[0]!r}: training "
             "diverged. Nothing is exported; export an earlier checkpoint"
         )
+    if untie and config.tie_word_embeddings:
+        config, weights = _untied(config, weights)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
@@ -50,14 +61,25 @@ def export_model(
     with fresh_directory(output) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        make_portable(directory)
         (directory / "README.md").write_text(card)
     return output
 
 
-def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: str | None = None) -> Path:
+def _untied(config: PretrainedConfig, weights: Mapping[str, Tensor]) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """The same model with a head of its own, which holds a copy of the embedding."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+
+
+def export_checkpoint(
+    ckpt_path: str | Path, output: str | Path, *, tokenizer: str | None = None, untie: bool = False
+) -> Path:
     """Export the dense or the MoE model of a training checkpoint.
 
     Args:
+        untie: see :func:`export_model`.
         tokenizer: its directory; default ``tokenizer/`` of the run that the checkpoint lies in.
     Raises: FileNotFoundError: no such checkpoint or tokenizer; see also :func:`export_model`.
     """
@@ -74,6 +96,7 @@ def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: s
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         output,
         card=model_card(identity, run, name=output.name),
+        untie=untie,
     )
 
 

@@ -85,19 +85,22 @@ def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool =
         source: see :func:`upit.sources.resolve`.
         moe: expect an exported MoE, not a dense model.
     Raises:
-        ValueError: the architecture is unsupported.
+        ValueError: the architecture is unsupported, or a weight is missing.
         FileNotFoundError: no such source.
     """
     read_config(source, moe=moe, trust_remote_code=trust_remote_code)
     name, kwargs = resolve(source)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         name,
         attn_implementation=attention.NAME,
         dtype=torch.get_default_dtype(),
         trust_remote_code=trust_remote_code,
         use_safetensors=None if kwargs else True,
+        output_loading_info=True,
         **kwargs,
     )
+    if info["missing_keys"]:  # transformers would train on with random ones
+        raise ValueError(f"{source!r} is not complete: tensors {sorted(info['missing_keys'])} are missing")
     if kwargs:  # a GGUF's config carries a quantisation that save_pretrained refuses: start from a clean one
         model = _dequantised(model)
     return _prepare(model)

@@ -150,17 +150,19 @@ def ffn_inputs_by_example(
     pad_id: int,
     autocast: Autocast = nullcontext,
     track: Callable[[Iterable], Iterable] = lambda batches: batches,
+    inputs_of: Callable[[PreTrainedModel], AbstractContextManager[list[Tensor]]] = ffn_inputs_of,
 ) -> Iterator[tuple[int, Tensor]]:
     """What enters the FFN of each layer at each token of an example; a collective.
 
-    Args: as for :class:`SeedBatches`; ``track`` wraps the batches, for a progress bar.
+    Args: as for :class:`SeedBatches`; ``track`` wraps the batches, for a progress bar; ``inputs_of`` collects the
+        states, by default those that enter the FFNs.
     Yields: the index of an example of this rank's share, and its (D, N, H) hidden states.
     """
     device = next(dense.parameters()).device
     lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
     for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS))):
         batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
-        with autocast(), ffn_inputs_of(dense) as inputs:
+        with autocast(), inputs_of(dense) as inputs:
             response_states(dense, batch)
         for row, index in enumerate(group if counts else []):
             yield index, torch.stack([h_BTH[row, : lengths[index]] for h_BTH in inputs])

@@ -36,6 +36,10 @@ def test_stock_transformers_loads_it_whole(model, data, tmp_path, dtype):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert "upit" not in (output / "config.json").read_text()
+    fields = json.loads((output / "config.json").read_text())
+    assert fields["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert fields.get("num_experts") == getattr(model.config, "num_experts", None)
+    assert "TokenizersBackend" not in (output / "tokenizer_config.json").read_text()
     assert (output / "README.md").read_text() == "# card\n"
     assert not list(output.parent.glob("*.tmp"))
 

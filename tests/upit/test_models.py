@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY
-from upit.models import build, from_scratch, outline, read_config, scratch_config
+from upit.models import build, from_scratch, load_pretrained, outline, read_config, scratch_config
 
 
 def test_an_outline_has_names_and_shapes_and_no_weights(data):
@@ -57,3 +58,13 @@ def test_fields_that_cannot_work_are_named(data, wrong, message):
 def test_a_source_that_is_missing_is_named_with_its_field():
     with pytest.raises(FileNotFoundError, match=r"model='/nowhere/at/all' can't be loaded: .* no directory here"):
         read_config("/nowhere/at/all")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_not_filled_at_random(dense, tmp_path):
+    dense.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not complete: tensors \['model.norm.weight'\] are missing"):
+        load_pretrained(str(tmp_path))
