@@ -131,6 +131,7 @@ class UpcyclingEvent(Callback):
         pl_module.eval()
         before = reference_logits(pl_module.lm, *compared, **how)
         self.change(trainer, pl_module)
+        pl_module.check_finite()
         if any(phase.compile_layers for phase in pl_module.phases):
             gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
         pl_module.eval()

@@ -23,6 +23,7 @@ from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Batch, Example, collate, length_grouped, to_device
 from upit.families import is_expert, within_layer
 from upit.files import read_json, seeded, write_json
+from upit.finite import NotFiniteError
 from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
 from upit.pool import READERS, Expert, write_expert
@@ -32,6 +33,7 @@ from upit.tensor_files import Specs
 
 BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
 GPU_BATCH_TOKENS = 32768  # the same where the host takes longer to launch a pass than the GPU to run it; ours
+MAX_LOSS = 700.0  # nats a token, of which the perplexity is still a float64
 STAGED_BYTES = 2**30  # of the tensors of experts that wait on a GPU to be copied into the model; ours
 
 if TYPE_CHECKING:
@@ -226,7 +228,13 @@ class SeedScorer:
             if expert.sha256 not in columns:
                 next(loading)
                 loss_S, tokens_S = score_examples(self.dense, self._batches, autocast=self.autocast)
-                columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
+                losses_S = loss_S / tokens_S
+                if not losses_S.isfinite().all():
+                    raise NotFiniteError(
+                        f"{str(expert.file)!r}: this expert's loss on a seed example is NaN or infinite: its weights "
+                        "are broken, or trainer.precision is too narrow for it. Leave it out, or choose another merge"
+                    )
+                columns[expert.sha256] = losses_S.clamp(max=MAX_LOSS).exp().tolist()
                 if rank() == 0:
                     write_json(self.file, self.seen, indent=None)
         return [columns[expert.sha256] for expert in experts]

@@ -18,6 +18,7 @@ from tests.integration.test_two_processes import small_config
 from tests.lightning_modules.test_optimizers import Fused
 from upit.cli import RUN_DIR, main
 from upit.finite import NotFiniteError
+from upit.upcycling import upcycle
 
 
 class Break(L.Callback):
@@ -88,6 +89,19 @@ def test_nothing_is_made_of_weights_that_are_not_finite(make_data, tmp_path, set
     with pytest.raises(NotFiniteError, match=named + ".*No checkpoint was saved before"):
         trainer.fit(module, datamodule=make_data())
     assert not (tmp_path / made).exists()
+
+
+def test_a_new_model_that_is_not_finite_is_not_trained(make_data, tmp_path, monkeypatch):
+    def broken(moe, *args):
+        upcycle(moe, *args)
+        moe.model.layers[0].mlp.experts.down_proj.data[0, 0, 0] = math.nan
+
+    monkeypatch.setattr("lightning_modules.upit.upcycle", broken)
+    trainer = make_trainer(tmp_path, [*make_callbacks(report=False), every_step_checkpoints(tmp_path)], logger=False)
+    named = r"the weight 'model\.layers\.0\.mlp\.experts\.down_proj' at the end of optimizer step 6 \(moe phase\)"
+    with pytest.raises(NotFiniteError, match=named + ".*step=6.ckpt"):
+        trainer.fit(make_module(), datamodule=make_data())
+    assert trainer.global_step == 6
 
 
 def test_gradients_that_are_not_finite_are_found_where_their_norm_is_known(make_data, tmp_path):
