@@ -171,6 +171,7 @@ def test_the_logged_loss_is_the_mean_of_the_tokens_of_the_step(cache, tmp_path):
     assert "train/loss" not in none.callback_metrics
 
 
+@pytest.mark.usefixtures("own_port")
 def test_two_processes_give_the_gradients_of_one(cache, tmp_path):
     """DDP, each rank with its own uneven share, a short last window, and a micro-batch of one rank without a token."""
     empty = (2,)

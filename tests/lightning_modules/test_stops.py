@@ -143,6 +143,7 @@ class Half(DenseModule):
             raise
 
 
+@pytest.mark.usefixtures("own_port")
 def test_one_rank_with_a_broken_loss_stops_all(make_data, tmp_path):
     data = make_data()
     data.prepare_data()  # before the fork

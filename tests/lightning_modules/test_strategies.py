@@ -23,7 +23,7 @@ def trainer_with(kind, split=1):
     return SimpleNamespace(strategy=strategy, world_size=2)
 
 
-class Mine(DDPStrategy):
+class Mine(SingleDeviceStrategy):
     pass
 
 
@@ -50,7 +50,7 @@ def test_the_others_are_taken(kind):
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_a_trainer_refuses_before_the_model_is_built(make_data, tmp_path, stage):
     module = DenseModule(config=TINY)
-    trainer = make_trainer(tmp_path, [], logger=False, strategy=Mine(), enable_checkpointing=False)
+    trainer = make_trainer(tmp_path, [], logger=False, strategy=Mine("cpu"), enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"trainer\.strategy=Mine is not supported"):
         getattr(trainer, stage)(module, datamodule=make_data())
     assert module.model is None
