@@ -19,7 +19,7 @@ $(VENV)/.demo: pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call step,2,torch: about 200 MB for CPUs or 3 GB with CUDA)
 	@$(PIP) torch
-	$(call step,3,upit and what the demo needs: about 90 packages of 160 MB together)
+	$(call step,3,upit and what the demo needs: about 85 packages, 180 MB in all)
 	@$(PIP) --editable ".[demo]"
 	@touch $@
 
