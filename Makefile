@@ -40,8 +40,8 @@ test: setup
 
 # Fails if anything that upit itself needs has no wheel.
 wheels: setup
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --dry-run --ignore-installed \
-		--only-binary :all: --constraint constraints.txt .
+	$(BIN)/python -m pip --disable-pip-version-check install --dry-run --ignore-installed --only-binary :all: \
+		--constraint constraints.txt --progress-bar off .
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
