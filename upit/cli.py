@@ -4,6 +4,7 @@ import argparse
 import inspect
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,11 +210,14 @@ def _configs(args: list[str]) -> None:
 
     try:
         if options.copy:
-            print(*config_names.copy(options.names, options.copy), sep="\n")
+            text = "\n".join(map(str, config_names.copy(options.names, options.copy)))
+        elif options.names:
+            text = config_names.show(options.names)
         else:
-            print(config_names.show(options.names) if options.names else config_names.listing())
+            text = config_names.listing(shutil.get_terminal_size((200, 24)).columns)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    print(text)
 
 
 def _train(args: list[str] | None) -> None:

@@ -1,8 +1,10 @@
 """Configs by name: ``-c quickstart`` means a file of ``./configs``, or one of the configs that come with upit."""
 
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile
@@ -79,13 +81,18 @@ def describe(file: Path) -> str:
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
-def listing() -> str:
-    """The names of all configs with their first comment line, by where they are."""
+def listing(columns: int = 200) -> str:
+    """The names of all configs with their first comment line, by where they are.
+
+    Args:
+        columns: width of the terminal; longer lines are wrapped.
+    """
     choices, local = known(), names(LOCAL)
     width = max(map(len, choices), default=0)
+    wrap = partial(textwrap.fill, width=columns, subsequent_indent=" " * (width + 4), break_on_hyphens=False)
     lines = []
     for title, chosen in ((f"In ./{LOCAL}", local), ("Packaged with upit", choices.keys() - local.keys())):
-        rows = [f"  {name:{width}}  {describe(choices[name])}".rstrip() for name in choices if name in chosen]
+        rows = [wrap(f"  {name:{width}}  {describe(choices[name])}") for name in choices if name in chosen]
         lines += [f"{title}:", *rows, ""] if rows else []
     return "\n".join([*lines, "`upit fit -c NAME -c NAME` stacks them; `upit configs NAME` shows one."])
 

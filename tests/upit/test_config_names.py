@@ -129,7 +129,7 @@ def test_the_list_has_every_name_once_and_imports_no_torch():
         "import sys\nfrom upit.cli import main\nmain(['configs'])\n"
         "assert not {'torch', 'lightning'} & set(sys.modules), 'slow list'"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     local, packaged = done.stdout.split("Packaged with upit:\n")
