@@ -23,6 +23,7 @@ from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
 from upit.files import write_json
 from upit.merging import Dare, Merge
+from upit.points import step_at
 from upit.pool import Expert
 from upit.resident import checked_device, usual_device
 from upit.selection import MostDissimilar, Parents
@@ -92,16 +93,17 @@ class UpcyclingEvent(Callback):
         said = f"at_step={self.at_step}" if self.at_epoch is None else f"at_epoch={self.at_epoch}"
         return f"{type(self).__name__}.{said}"
 
+    def epochs(self, trainer, module: UpcyclingModule) -> float:
+        """How many epochs after the start of the fit the event comes."""
+        step = self.dev_step if trainer.fast_dev_run else self.at_step
+        return float(self.at_epoch or 0) if step is None else step / module.steps_per_epoch()
+
     def planned_step(self, trainer, module: UpcyclingModule) -> int:
         """The optimizer step that the event comes after.
 
         Raises: ValueError: it is not within the fit.
         """
-        step, total = self.at_step, module.total_steps()
-        if trainer.fast_dev_run:
-            step = self.dev_step
-        elif step is None:
-            step = round(float(self.at_epoch or 0) * module.steps_per_epoch())
+        step, total = step_at(self.epochs(trainer, module), module.steps_per_epoch()), module.total_steps()
         if not 0 < step < total:
             raise ValueError(
                 f"{self.when} is optimizer step {step}, but the fit has {total} steps: "

@@ -16,6 +16,7 @@ from upit.distance import distance_from
 from upit.distributed import barrier, rank
 from upit.families import is_expert
 from upit.gpu import host_copy, wait_for_copies
+from upit.points import points_within, step_at
 from upit.pool import Pool
 from upit.sharding import full
 
@@ -31,7 +32,8 @@ class ExpertHarvest(Callback):
     memory, of which one harvest's is held. The untouched model is kept too, as the base of the task vectors.
 
     Args:
-        every_n_epochs: interval in epochs; 0.25 is the paper's. Used when neither of the others is given.
+        every_n_epochs: interval in epochs; 0.25 is the paper's. Used when neither of the others is given. Each point
+            is rounded to the nearest optimizer step, as the swap is.
         every_n_steps: interval in optimizer steps.
         at_steps: explicit optimizer steps.
         min_distance: harvest adaptively: skip a point until the experts have moved this far since the last harvest,
@@ -65,19 +67,37 @@ class ExpertHarvest(Callback):
         self.dtype = DTYPES[dtype] if dtype else None
         self.keep_rest = False  # set by Upcycling where the other parameters are wanted from the pool
         self.least = 1  # experts, set by Upcycling where it needs more
+        self.planned: list[int] = []  # optimizer steps to harvest at
         self.steps: list[int] = []  # harvested at
         self.seen_step = 0
         self._past: dict[str, float] = {}  # metrics of before a resume
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="harvest")
         self._pending: list[Future] = []
 
-    def points(self, *, until: int, steps_per_epoch: int) -> list[int]:
-        """Optimizer steps to harvest at, up to and including ``until``."""
+    def points(self, epochs: float, *, steps_per_epoch: int) -> list[int]:
+        """Optimizer steps to harvest at in so many epochs of the dense phase.
+
+        One for each point that the settings ask for, so a step comes twice where two points fall on it.
+        """
+        until = step_at(epochs, steps_per_epoch)
         if self.at_steps is not None:
-            return sorted({step for step in self.at_steps if step <= until})
-        interval = self.every_n_steps or self.every_n_epochs * steps_per_epoch
-        count = int(until / interval + 1e-6)
-        return sorted({max(1, round(i * interval)) for i in range(1, count + 1)})
+            return sorted(step for step in self.at_steps if step <= until)
+        if self.every_n_steps is not None:
+            return list(range(self.every_n_steps, until + 1, self.every_n_steps))
+        return points_within(epochs, every=self.every_n_epochs, steps_per_epoch=steps_per_epoch)
+
+    def plan(self, module: UpcyclingModule, *, epochs: float) -> list[int]:
+        """Settle the steps to harvest at, for a dense phase of so many epochs."""
+        asked = self.points(epochs, steps_per_epoch=module.steps_per_epoch())
+        self.planned = sorted(set(asked))
+        module.plan_harvest(self.planned)
+        if len(self.planned) < len(asked):
+            rank_zero_warn(
+                f"ExpertHarvest: the settings ask for {len(asked)} harvests, but they fall on {len(self.planned)} "
+                f"different optimizer steps, so at most {len(self.planned)} experts are harvested. An epoch has "
+                f"{module.steps_per_epoch()} steps: harvest less often, or lower data.batch_size"
+            )
+        return self.planned
 
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
@@ -87,7 +107,8 @@ class ExpertHarvest(Callback):
     @override
     def on_fit_start(self, trainer, pl_module) -> None:
         self.directory = Path(trainer.default_root_dir) / "experts"
-        self._points: list[int] | None = None
+        if pl_module.phase == "dense" and pl_module.swap_step is None:  # else Upcycling has planned it
+            self.plan(pl_module, epochs=pl_module.total_steps() / pl_module.steps_per_epoch())
         if trainer.ckpt_path is None and pl_module.phase == "dense":
             self._save(trainer, pl_module, step=0)
 
@@ -102,14 +123,11 @@ class ExpertHarvest(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if pl_module.phase != "dense":
             return
-        if self._points is None:  # the swap is planned by now
-            until = pl_module.swap_step or pl_module.total_steps()
-            self._points = self.points(until=until, steps_per_epoch=pl_module.steps_per_epoch())
         step = trainer.global_step
-        if not any(self.seen_step < point <= step for point in self._points):
+        if not any(self.seen_step < point <= step for point in self.planned):
             return
         self.seen_step = step
-        left = sum(point > step for point in self._points)
+        left = sum(point > step for point in self.planned)
         if self._due(trainer, pl_module, left):
             self._save(trainer, pl_module, step=step)
 

@@ -116,7 +116,7 @@ class Upcycling(UpcyclingEvent):
         if trainer.fast_dev_run:
             self.harvest.at_steps = list(range(1, step + 1))
             self.seed_fraction = min(1.0, 2 * num_experts / len(trainer.datamodule.train_set))
-        points = self.harvest.points(until=step, steps_per_epoch=module.steps_per_epoch())
+        points = self.harvest.plan(module, epochs=self.epochs(trainer, module))
         if not points:
             raise ValueError(f"{self.when} (step {step}) comes before the first harvest; harvest earlier")
         available = self.source.count(len(points), num_experts)

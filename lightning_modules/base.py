@@ -264,6 +264,15 @@ class CausalLMModule(EvaluatedModule):
         """Optimizer steps of the whole fit."""
         return horizon.total_steps(self.trainer)
 
+    def milestones(self) -> list[str]:
+        """What happens at which optimizer step of the fit, in words; each is one of its first lines."""
+        return []
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.trainer.is_global_zero:
+            print("\n".join([horizon.described(self.trainer), *self.milestones()]), flush=True)
+
     def phase_steps(self) -> int:
         """Optimizer steps of the active phase: the horizon of its learning-rate schedule."""
         return self.total_steps()

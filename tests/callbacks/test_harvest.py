@@ -12,33 +12,24 @@ from upit.pool import Pool
 
 
 @pytest.mark.parametrize(
-    ("settings", "until", "steps_per_epoch", "points"),
+    ("settings", "epochs", "steps_per_epoch", "points"),
     [
-        ({}, 40, 20, [5, 10, 15, 20, 25, 30, 35, 40]),
-        ({}, 20, 10, [2, 5, 8, 10, 12, 15, 18, 20]),
-        ({}, 39, 20, [5, 10, 15, 20, 25, 30, 35]),
-        ({"every_n_epochs": 0.3}, 10, 10, [3, 6, 9]),
-        ({"every_n_epochs": 0.1}, 10, 100, [10]),
-        ({"every_n_epochs": 1 / 3}, 30, 10, [3, 7, 10, 13, 17, 20, 23, 27, 30]),
-        ({"every_n_epochs": 0.25}, 4, 2, [1, 2, 3, 4]),
-        ({"every_n_steps": 3}, 10, 20, [3, 6, 9]),
-        ({"every_n_steps": 11}, 10, 20, []),
-        ({"at_steps": [7, 3, 3, 50]}, 10, 20, [3, 7]),
+        ({}, 2, 20, [5, 10, 15, 20, 25, 30, 35, 40]),
+        ({}, 2, 10, [3, 5, 8, 10, 13, 15, 18, 20]),
+        ({}, 39 / 20, 20, [5, 10, 15, 20, 25, 30, 35]),
+        ({"every_n_epochs": 0.3}, 1, 10, [3, 6, 9]),
+        ({"every_n_epochs": 0.34}, 1, 10, [3, 7]),  # the third, at 1.02 epochs, would round to step 10 too
+        ({"every_n_epochs": 0.1}, 0.1, 100, [10]),
+        ({"every_n_epochs": 1 / 3}, 3, 10, [3, 7, 10, 13, 17, 20, 23, 27, 30]),
+        ({"every_n_epochs": 0.25}, 2, 2, [1, 1, 2, 2, 3, 3, 4, 4]),
+        ({"every_n_steps": 3}, 0.5, 20, [3, 6, 9]),
+        ({"every_n_steps": 5}, 0.5, 20, [5, 10]),
+        ({"every_n_steps": 11}, 0.5, 20, []),
+        ({"at_steps": [7, 3, 3, 50]}, 0.5, 20, [3, 3, 7]),
     ],
 )
-def test_points(settings, until, steps_per_epoch, points):
-    assert ExpertHarvest(**settings).points(until=until, steps_per_epoch=steps_per_epoch) == points
-
-
-@pytest.mark.parametrize("interval", [0.1, 0.2, 0.25, 0.3, 1 / 3, 0.7])
-@pytest.mark.parametrize("steps_per_epoch", [10, 37, 1000])
-def test_whole_epochs_lose_no_point_to_rounding(interval, steps_per_epoch):
-    epochs = 3
-    found = ExpertHarvest(every_n_epochs=interval).points(
-        until=epochs * steps_per_epoch, steps_per_epoch=steps_per_epoch
-    )
-    assert len(found) == int(round(epochs / interval, 6))
-    assert found[-1] <= epochs * steps_per_epoch
+def test_points(settings, epochs, steps_per_epoch, points):
+    assert ExpertHarvest(**settings).points(epochs, steps_per_epoch=steps_per_epoch) == points
 
 
 @pytest.mark.parametrize(
