@@ -127,19 +127,24 @@ class UpcyclingEvent(Callback):
         if due_at is None or trainer.global_step < due_at:
             return
         pl_module.check_finite()
-        self._tell(trainer, pl_module, f"on_{self.name}_start")
-        compared = trainer.datamodule, self.drift_examples
-        how = {"autocast": pl_module.autocast, "track": self.bar("Comparing logits")}
-        pl_module.eval()
-        before = reference_logits(pl_module.lm, *compared, **how)
-        self.change(trainer, pl_module)
-        if any(phase.compile_layers for phase in pl_module.phases):
-            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
-        pl_module.eval()
-        self.drift = drift(pl_module.lm, before, *compared, **how)
-        pl_module.train()
+        try:
+            self._tell(trainer, pl_module, f"on_{self.name}_start")
+            self._change_and_compare(trainer, pl_module)
+        finally:
+            pl_module.train()
         log_now(trainer, {self.drift_tag: self.drift})
         self._tell(trainer, pl_module, f"on_{self.name}_end")
+
+    def _change_and_compare(self, trainer, module: UpcyclingModule) -> None:
+        compared = trainer.datamodule, self.drift_examples
+        how = {"autocast": module.autocast, "track": self.bar("Comparing logits")}
+        module.eval()
+        before = reference_logits(module.lm, *compared, **how)
+        self.change(trainer, module)
+        if any(phase.compile_layers for phase in module.phases):
+            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
+        module.eval()
+        self.drift = drift(module.lm, before, *compared, **how)
 
     @override
     def on_train_end(self, trainer, pl_module) -> None:
@@ -217,9 +222,11 @@ def callback_of(trainer, kind: type[C], *, reason: str) -> C:
 def follow_module(trainer) -> None:
     """Let strategy, optimizer and scheduler follow a module whose parameters were replaced.
 
-    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters.
+    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters. If this
+    fails half-way, a checkpoint holds no optimizer state, and resuming it makes a new optimizer, as is done here.
     """
     strategy = trainer.strategy
+    strategy.optimizers, strategy.lr_scheduler_configs = [], []
     if isinstance(strategy, DDPStrategy):
         strategy.model = strategy._setup_model(trainer.lightning_module)
     strategy.setup_optimizers(trainer)

@@ -168,11 +168,10 @@ class CausalLMModule(EvaluatedModule):
         if identity is not None:
             self.enter(identity)
         self.active.model = build(config_of(identity)) if identity else self.active.load()
-        self.active.finish(self.trainer)
+        self.active.finish(self.trainer, self.lm)
 
-    def finish(self, trainer: L.Trainer) -> None:
+    def finish(self, trainer: L.Trainer, model: PreTrainedModel) -> None:
         """Shard and compile a model that was just built, and put it in training mode."""
-        model = self.lm
         if isinstance(trainer.strategy, ModelParallelStrategy):
             shard(model, trainer.strategy.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
@@ -392,7 +391,7 @@ class CausalLMModule(EvaluatedModule):
         if self.active.model is None:
             self.active.model = build(config_of(checkpoint[IDENTITY]))
             if self._trainer is not None:
-                self.active.finish(self._trainer)
+                self.active.finish(self._trainer, self.lm)
         self.active.means.restore(checkpoint.get(MEANS, {}))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed_window = self._checked_window(checkpoint.get(WINDOW))

@@ -104,24 +104,27 @@ class UpITModule(CausalLMModule):
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""
         config = moe_config(self.lm.config, num_experts=len(experts), top_k=self.moe.top_k)
-        self._become(config, experts, router_DEH)
+        self.moe.model = self._built(config, experts, router_DEH)
         self.dense.release()
         self.phase = "moe"
         self.swap_step = self.trainer.global_step
 
     def grow(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Take a MoE with more experts in place of this one; everything else goes on from it."""
-        self._become(grown_config(self.lm.config, num_experts=len(experts)), experts, router_DEH)
+        config = grown_config(self.lm.config, num_experts=len(experts))
+        self.moe.model = self._built(config, experts, router_DEH)
         self.grown = True
         self.growth_step = self.trainer.global_step
 
-    def _become(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> None:
-        trainer, source = self.trainer, self.lm
+    def _built(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> PreTrainedModel:
+        """A MoE filled from the model in use; until it takes its place, checkpoints hold that one alone."""
+        trainer = self.trainer
         with trainer.strategy.tensor_init_context():
             model = build(config)
-        self.moe.model = model.to(trainer.strategy.root_device)
-        self.moe.finish(trainer)
-        upcycle(self.moe.lm, source, experts, router_DEH)
+        model = model.to(trainer.strategy.root_device)
+        self.moe.finish(trainer, model)
+        upcycle(model, self.lm, experts, router_DEH)
+        return model
 
     @override
     def phase_steps(self) -> int:
