@@ -23,14 +23,14 @@ class KeepRanks(Callback):
 
 
 class FailWhileScoring(Callback):
-    """Saves ``handler.ckpt`` while the second expert stands in the model, and ``exception.ckpt`` when a pass fails."""
+    """Saves ``handler.ckpt`` while the first expert stands in the model, and ``exception.ckpt`` when a pass fails."""
 
     def on_upcycling_start(self, trainer, module, upcycling) -> None:
         score, calls = upit.scoring.score_examples, []
 
         def scoring(model, *args, **kwargs):
             calls.append(score(model, *args, **kwargs))
-            if len(calls) == 2:
+            if len(calls) == 1:
                 self._save(trainer, "handler")
                 model.model.layers[-1].mlp.register_forward_pre_hook(self._fail)
             return calls[-1]
