@@ -1,17 +1,20 @@
 """Expert preparation: harvest the expert parameters of intermediate checkpoints."""
 
 import math
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
+from upit.artefacts import Run
+from upit.checkpoints import resumable_in
 from upit.distance import distance_from
 from upit.distributed import barrier, rank
 from upit.families import is_expert
@@ -41,6 +44,10 @@ class ExpertHarvest(Callback):
             points above are then how often to look. The last one before the swap is never skipped, nor are those
             without which too few experts would be left to upcycle from; a warning then says how far they had moved.
         dtype: of the files; default the parameters' own.
+        keep: which harvested experts stay on disk after the swap: "all"; "used", those that became experts of the MoE;
+            or "none". The base always stays, a growth needs it. The others are removed once a checkpoint from after
+            the swap is complete, looked for at the beginning of each epoch and at the end of the fit. Checkpoints from
+            before the swap can't be resumed then; a warning names them.
     Raises: ValueError: an interval or the distance is not positive, or two kinds of points are given.
     """
 
@@ -51,6 +58,7 @@ class ExpertHarvest(Callback):
         at_steps: list[int] | None = None,
         min_distance: float | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        keep: Literal["all", "used", "none"] = "all",
     ) -> None:
         if every_n_steps is not None and at_steps is not None:
             raise ValueError("give one of every_n_steps and at_steps, not both")
@@ -60,11 +68,15 @@ class ExpertHarvest(Callback):
                 raise ValueError(f"{field}={value} must be positive")
         if at_steps is not None and (not at_steps or min(at_steps) < 1):
             raise ValueError(f"at_steps={at_steps} must list optimizer steps from 1")
+        if keep not in ("all", "used", "none"):
+            raise ValueError(f"ExpertHarvest.keep={keep!r} must be all, used or none")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.at_steps = at_steps
         self.min_distance = min_distance
         self.dtype = DTYPES[dtype] if dtype else None
+        self.keep = keep
+        self.swapped_at = 0.0  # time of day of a swap in this process
         self.keep_rest = False  # set by Upcycling where the other parameters are wanted from the pool
         self.least = 1  # experts, set by Upcycling where it needs more
         self.planned: list[int] = []  # optimizer steps to harvest at
@@ -118,6 +130,8 @@ class ExpertHarvest(Callback):
             pool = Pool.load(self.directory)
             if rank() == 0:
                 pool.forget_after(trainer.global_step)
+            barrier()
+            pool.check_steps(self.steps)
 
     @override
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -220,9 +234,49 @@ class ExpertHarvest(Callback):
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         self.drain()
 
+    # --- after the swap ------------------------------------------------------------------------------
+
+    def on_upcycling_end(self, trainer, module: UpcyclingModule, upcycling) -> None:
+        self.swapped_at = time.time()
+
+    @override
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self._prune(trainer, pl_module)
+
     @override
     def on_fit_end(self, trainer, pl_module) -> None:
         self.drain()
+        if not self._prune(trainer, pl_module):
+            rank_zero_warn(
+                f"ExpertHarvest.keep={self.keep} removed nothing: the fit has left no checkpoint from after the swap, "
+                "which could be resumed without the harvested experts"
+            )
+
+    def _prune(self, trainer, module: UpcyclingModule) -> bool:
+        """Remove the experts that are not kept, once a checkpoint does without them; False while there is none."""
+        if self.keep == "all" or module.phase == "dense" or rank() > 0:
+            return True
+        pool = Pool(self.directory)
+        lineages = Run(trainer.default_root_dir).lineages[:1] if self.keep == "used" else []
+        used = {entry["sha256"] for lineage in lineages for entry in lineage}
+        steps = [expert.step for expert in pool.experts if expert.sha256 not in used]
+        if not steps:
+            return True
+        folders = {callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)}
+        saved = {path: own for folder in folders for path, own in resumable_in(folder).items()}
+        if not any(own["phase"] == "moe" and path.stat().st_mtime >= self.swapped_at for path, own in saved.items()):
+            return False
+        freed = pool.prune(steps)
+        rank_zero_info(f"ExpertHarvest.keep={self.keep}: removed {len(steps)} experts, {freed / 1e9:.2f} GB freed")
+        lost = [
+            path.name for path, own in saved.items() if own["phase"] == "dense" and own["global_step"] >= min(steps)
+        ]
+        if lost:
+            rank_zero_warn(
+                f"ExpertHarvest.keep={self.keep} removed experts that the swap needs, so these checkpoints from "
+                f"before it can't be resumed any more: {', '.join(lost)}"
+            )
+        return True
 
     @override
     def state_dict(self) -> dict[str, Any]:

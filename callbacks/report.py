@@ -113,7 +113,7 @@ class RunReport(Callback):
 
     def _export(self, trainer, module) -> None:
         best = self._best(trainer, module) if self.export == "best" else None
-        weights = None if best else self._gathered(module)
+        weights = {} if best else self._gathered(module)
         if rank() > 0:
             return
         config, identity = module.lm.config, module.identity() | {"global_step": trainer.global_step}
