@@ -267,7 +267,10 @@ class ExpertHarvest(Callback):
         if not any(own["phase"] == "moe" and path.stat().st_mtime >= self.swapped_at for path, own in saved.items()):
             return False
         freed = pool.prune(steps)
-        rank_zero_info(f"ExpertHarvest.keep={self.keep}: removed {len(steps)} experts, {freed / 1e9:.2f} GB freed")
+        rank_zero_info(
+            f"ExpertHarvest.keep={self.keep}: removed the experts harvested at steps {steps}, "
+            f"{freed / 1e6:,.1f} MB freed"
+        )
         lost = [
             path.name for path, own in saved.items() if own["phase"] == "dense" and own["global_step"] >= min(steps)
         ]

@@ -199,7 +199,7 @@ def fit_with_swap(run, data, keep, *, saves=True, **kwargs):
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("used", [2, 3]), ("none", [])])
-def test_experts_are_pruned_once_a_checkpoint_does_without_them(make_data, tmp_path, keep, kept, capsys):
+def test_experts_are_pruned_once_a_checkpoint_does_without_them(make_data, tmp_path, keep, kept, capsys, caplog):
     run = tmp_path / "run"
     lost = r"step=1\.ckpt, step=2\.ckpt, step=3\.ckpt$"
     with pytest.warns(UserWarning, match=rf"keep={keep} removed experts that the swap needs, .* {lost}"):
@@ -209,6 +209,8 @@ def test_experts_are_pruned_once_a_checkpoint_does_without_them(make_data, tmp_p
     pool.verify()
     pruned = [step for step in (1, 2, 3) if step not in kept]
     assert ([expert.step for expert in pool.experts], pool.pruned) == (kept, pruned)
+    freed = len(pruned) * (run / "experts/base.safetensors").stat().st_size / 1e6
+    assert f"removed the experts harvested at steps {pruned}, {freed:,.1f} MB freed" in caplog.text
     names = {"manifest.json", "base.safetensors", *(f"step_{step:07d}.safetensors" for step in kept)}
     assert {file.name for file in (run / "experts").iterdir()} == names
     inspect(run, Console(width=200))
