@@ -23,6 +23,7 @@ from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
 from upit.files import write_json
 from upit.merging import Dare, Merge
+from upit.points import step_at
 from upit.pool import Expert
 from upit.resident import checked_device, usual_device
 from upit.selection import MostDissimilar, Parents
@@ -92,16 +93,17 @@ class UpcyclingEvent(Callback):
         said = f"at_step={self.at_step}" if self.at_epoch is None else f"at_epoch={self.at_epoch}"
         return f"{type(self).__name__}.{said}"
 
+    def epochs(self, trainer, module: UpcyclingModule) -> float:
+        """How many epochs after the start of the fit the event comes."""
+        step = self.dev_step if trainer.fast_dev_run else self.at_step
+        return float(self.at_epoch or 0) if step is None else step / module.steps_per_epoch()
+
     def planned_step(self, trainer, module: UpcyclingModule) -> int:
         """The optimizer step that the event comes after.
 
         Raises: ValueError: it is not within the fit.
         """
-        step, total = self.at_step, module.total_steps()
-        if trainer.fast_dev_run:
-            step = self.dev_step
-        elif step is None:
-            step = round(float(self.at_epoch or 0) * module.steps_per_epoch())
+        step, total = step_at(self.epochs(trainer, module), module.steps_per_epoch()), module.total_steps()
         if not 0 < step < total:
             raise ValueError(
                 f"{self.when} is optimizer step {step}, but the fit has {total} steps: "
@@ -125,20 +127,25 @@ class UpcyclingEvent(Callback):
         if due_at is None or trainer.global_step < due_at:
             return
         pl_module.check_finite()
-        self._tell(trainer, pl_module, f"on_{self.name}_start")
-        compared = trainer.datamodule, self.drift_examples
-        how = {"autocast": pl_module.autocast, "track": self.bar("Comparing logits")}
-        pl_module.eval()
-        before = reference_logits(pl_module.lm, *compared, **how)
-        self.change(trainer, pl_module)
-        pl_module.check_finite()
-        if any(phase.compile_layers for phase in pl_module.phases):
-            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
-        pl_module.eval()
-        self.drift = drift(pl_module.lm, before, *compared, **how)
-        pl_module.train()
+        try:
+            self._tell(trainer, pl_module, f"on_{self.name}_start")
+            self._change_and_compare(trainer, pl_module)
+        finally:
+            pl_module.train()
         log_now(trainer, {self.drift_tag: self.drift})
         self._tell(trainer, pl_module, f"on_{self.name}_end")
+
+    def _change_and_compare(self, trainer, module: UpcyclingModule) -> None:
+        compared = trainer.datamodule, self.drift_examples
+        how = {"autocast": module.autocast, "track": self.bar("Comparing logits")}
+        module.eval()
+        before = reference_logits(module.lm, *compared, **how)
+        self.change(trainer, module)
+        module.check_finite()
+        if any(phase.compile_layers for phase in module.phases):
+            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
+        module.eval()
+        self.drift = drift(module.lm, before, *compared, **how)
 
     @override
     def on_train_end(self, trainer, pl_module) -> None:
@@ -216,9 +223,11 @@ def callback_of(trainer, kind: type[C], *, reason: str) -> C:
 def follow_module(trainer) -> None:
     """Let strategy, optimizer and scheduler follow a module whose parameters were replaced.
 
-    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters.
+    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters. If this
+    fails half-way, a checkpoint holds no optimizer state, and resuming it makes a new optimizer, as is done here.
     """
     strategy = trainer.strategy
+    strategy.optimizers, strategy.lr_scheduler_configs = [], []
     if isinstance(strategy, DDPStrategy):
         strategy.model = strategy._setup_model(trainer.lightning_module)
     strategy.setup_optimizers(trainer)

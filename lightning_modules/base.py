@@ -168,11 +168,10 @@ class CausalLMModule(EvaluatedModule):
         if identity is not None:
             self.enter(identity)
         self.active.model = build(config_of(identity)) if identity else self.active.load()
-        self.active.finish(self.trainer)
+        self.active.finish(self.trainer, self.lm)
 
-    def finish(self, trainer: L.Trainer) -> None:
+    def finish(self, trainer: L.Trainer, model: PreTrainedModel) -> None:
         """Shard and compile a model that was just built, and put it in training mode."""
-        model = self.lm
         if isinstance(trainer.strategy, ModelParallelStrategy):
             shard(model, trainer.strategy.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
@@ -263,6 +262,15 @@ class CausalLMModule(EvaluatedModule):
     def total_steps(self) -> int:
         """Optimizer steps of the whole fit."""
         return horizon.total_steps(self.trainer)
+
+    def milestones(self) -> list[str]:
+        """What happens at which optimizer step of the fit, in words; each is one of its first lines."""
+        return []
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.trainer.is_global_zero:
+            print("\n".join([horizon.described(self.trainer), *self.milestones()]), flush=True)
 
     def phase_steps(self) -> int:
         """Optimizer steps of the active phase: the horizon of its learning-rate schedule."""
@@ -383,7 +391,7 @@ class CausalLMModule(EvaluatedModule):
         if self.active.model is None:
             self.active.model = build(config_of(checkpoint[IDENTITY]))
             if self._trainer is not None:
-                self.active.finish(self._trainer)
+                self.active.finish(self._trainer, self.lm)
         self.active.means.restore(checkpoint.get(MEANS, {}))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed_window = self._checked_window(checkpoint.get(WINDOW))

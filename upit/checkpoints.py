@@ -74,6 +74,20 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     return {**content[IDENTITY], "global_step": content.get("global_step"), "epoch": content.get("epoch")}
 
 
+def resumable_in(directory: str | Path) -> dict[Path, dict[str, Any]]:
+    """The complete checkpoints in a directory that a fit can resume, and what each says about its model."""
+    found: dict[Path, dict[str, Any]] = {}
+    for path in sorted(Path(directory).rglob("*.ckpt")):
+        try:
+            identity = read_identity(path)
+            content = _load(path / "meta.pt" if path.is_dir() else path, mmap=path.is_file())
+        except (FileNotFoundError, FileError):
+            continue  # being written, being removed, or not one of ours
+        if "callbacks" in content:  # not of the weights alone
+            found[path] = identity
+    return found
+
+
 def _load(file: Path, *, mmap: bool) -> Any:
     """``torch.load`` without running code.
 

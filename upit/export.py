@@ -100,8 +100,12 @@ def export_checkpoint(
     )
 
 
-def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
-    """README.md of an exported model: method, lineage, data, metrics so far, how to load."""
+def model_card(identity: Mapping[str, Any], run: Path, *, name: str, weights: Mapping[str, Any] | None = None) -> str:
+    """README.md of an exported model: method, lineage, data, metrics so far, how to load.
+
+    Args:
+        weights: which weights of the run these are, an entry ``export`` of its report.
+    """
     moe = identity["phase"] == "moe"
     kind = f"{identity['num_experts']} experts, top-{identity['top_k']}" if moe else "dense"
     parts = [
@@ -112,6 +116,7 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
         f"A {identity['config']['model_type']} causal language model ({kind}), trained for "
         f"{identity['global_step']} optimizer steps with upit: upcycling instruction tuning from dense to "
         "Mixture-of-Experts via parameter merging ([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n",
+        *([f"{exported(weights)}.\n"] if weights else []),
         "## Load\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
@@ -133,6 +138,16 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
             f"| stage | loss (nats) | exact match |\n|---|---|---|\n{rows}\n"
         )
     return "\n".join(parts)
+
+
+def exported(weights: Mapping[str, Any]) -> str:
+    """Which weights of a run were exported, in words; see ``model_card``."""
+    if weights["weights"] == "last":
+        return f"The weights are the last ones of the run, of step {weights['step']}"
+    return (
+        f"The weights are those of step {weights['step']}, the best checkpoint by {weights['monitor']} "
+        f"({weights['value']:.4f})"
+    )
 
 
 def _reached(stages: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:

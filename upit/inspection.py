@@ -63,6 +63,9 @@ def _print_pool(pool: Pool, console: Console) -> None:
         for label, expert in zip(["base", *range(len(experts) - 1)], experts, strict=True)
     ]
     _print_rows(f"Pool {pool.directory}", ["expert", "origin", "file", "dtype", "size", "sha256"], rows, console)
+    if pool.pruned:
+        steps = ", ".join(map(str, pool.pruned))
+        console.print(f"Pruned after the swap: the experts harvested at steps {steps}", soft_wrap=True)
     similarity = pool.directory / "similarity.json"
     if similarity.exists():
         _print_matrix("Similarity", read_json(similarity, list), console)

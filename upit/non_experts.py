@@ -21,6 +21,7 @@ class NonExperts(Strategy):
     """Gives the MoE every parameter that is no expert's."""
 
     of_pool = False  # whether the pool's experts must come with their other parameters
+    overwrites = True  # whether fill changes the dense model at all
 
     def check(self, dense: PreTrainedModel) -> None:
         """Raises: ValueError: what would fail at the swap; called before the run, with the dense model's outline."""
@@ -31,6 +32,7 @@ class NonExperts(Strategy):
         """Overwrite the dense model's non-expert parameters, each rank its own shard.
 
         Args:
+            dense: borrowed with all its parameters, see :func:`upit.placement.borrowed`.
             pool: the experts that expansion starts from.
         """
 
@@ -54,6 +56,8 @@ def _rest_of(expert: Expert) -> Path:
 
 class Last(NonExperts):
     """Of the dense model at the swap; default ours."""
+
+    overwrites = False
 
     def fill(self, dense, pool):
         pass

@@ -1,7 +1,7 @@
 """The pool of harvested experts on disk: safetensors files and a manifest, each written beside and renamed."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -166,11 +166,17 @@ def _check_entry(entry: Any, manifest: Path, where: str) -> None:
             raise FileError(f"{str(manifest)!r}: {where}.{name} is {entry[name]!r:.80}, expected an object")
 
 
+def _name(step: int) -> str:
+    """How the files of a step's expert begin."""
+    return f"step_{step:07d}"
+
+
 class Pool:
     """A directory of harvested experts and the base they started from.
 
     ``manifest.json``: ``{"version", "base": {...}, "experts": [{file, step, epoch, sha256, dtype, base, metrics}]}``;
-    experts that were not harvested here also have an ``origin``.
+    experts that were not harvested here also have an ``origin``. Where experts were pruned, ``pruned`` lists their
+    steps.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -233,11 +239,45 @@ class Pool:
             rest: the model's other parameters, where they are wanted too.
         """
         manifest = self.manifest()
-        entry = self._write(f"step_{step:07d}", tensors, rest, {"step": step, "epoch": epoch})
+        entry = self._write(_name(step), tensors, rest, {"step": step, "epoch": epoch})
         entry |= {"base": manifest["base"]["sha256"], "metrics": dict(metrics)}
         others = [other for other in manifest["experts"] if other["step"] != step]
         manifest["experts"] = sorted([*others, entry], key=lambda other: other["step"])
+        manifest["pruned"] = [other for other in manifest.get("pruned", []) if other != step]
+        write_json(self.manifest_file, {key: value for key, value in manifest.items() if key != "pruned" or value})
+
+    @property
+    def pruned(self) -> list[int]:
+        """Steps of the experts that were harvested and then removed."""
+        return self.manifest().get("pruned", [])
+
+    def prune(self, steps: Collection[int]) -> int:
+        """Remove the harvested experts of some steps; the base stays.
+
+        The manifest changes first: interrupted, the next call removes the files that are left.
+
+        Returns: bytes freed.
+        """
+        manifest = self.manifest()
+        manifest["pruned"] = sorted({*manifest.get("pruned", []), *steps})
+        manifest["experts"] = [entry for entry in manifest["experts"] if entry["step"] not in manifest["pruned"]]
         write_json(self.manifest_file, manifest)
+        freed = 0
+        for step in manifest["pruned"]:
+            for file in self.directory.glob(f"{_name(step)}.*"):
+                freed += file.stat().st_size
+                file.unlink()
+        return freed
+
+    def check_steps(self, steps: Iterable[int]) -> None:
+        """Raises: TensorFileError: the pool has no experts of some of these steps."""
+        missing = sorted(set(steps) - {expert.step for expert in self.experts})
+        if missing:
+            why = "were pruned" if set(missing) <= set(self.pruned) else "are not in its manifest.json"
+            raise TensorFileError(
+                f"{str(self.directory)!r}: the experts harvested at steps {missing} {why}, and the swap needs them: "
+                "resume a checkpoint from after the swap, or start a new run"
+            )
 
     def forget_after(self, step: int) -> None:
         """Leave out the experts of later steps: of a future that a resumed run may not have."""

@@ -1,7 +1,6 @@
 """Rotary embeddings whose frequencies stay in float32 in a model of half precision, as in stock transformers."""
 
-from functools import cache
-from typing import Any
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -16,20 +15,14 @@ def keep_frequencies(model: nn.Module) -> None:
     """
     for module in model.modules():
         if any(name.endswith(FREQUENCIES) for name, _ in module.named_buffers(recurse=False)):
-            kind: Any = type(module)
-            module.__class__ = _kept(kind)
+            module._apply = partial(_apply_keeping_dtype, module)  # type: ignore[method-assign]
 
 
-class _KeepsDtype(nn.Module):
-    def _apply(self, fn, recurse=True):
-        def same_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+def _apply_keeping_dtype(module: nn.Module, fn, recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply``, which every cast goes through, but tensors keep their dtype."""
 
-        return super()._apply(same_dtype, recurse)
+    def same_dtype(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-
-@cache
-def _kept(kind: Any) -> type:
-    """The same kind of module with another ``_apply``, which is what every cast goes through."""
-    return kind if issubclass(kind, _KeepsDtype) else type(kind.__name__, (_KeepsDtype, kind), {})
+    return type(module)._apply(module, same_dtype, recurse)

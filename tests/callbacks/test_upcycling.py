@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -11,13 +12,14 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
-from callbacks import ExpertHarvest, Upcycling
+from callbacks import ExpertGrowth, ExpertHarvest, Upcycling
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
 from tests.upit.tiny import dense_model
 from upit.expert_sources import Checkpoints
 from upit.non_experts import Named
+from upit.pool import Pool
 from upit.router_init import FromFile, RoutingVectors
 from upit.seed_data import LowestPerplexity
 from upit.selection import Best, Last
@@ -203,6 +205,47 @@ def test_a_fraction_of_an_epoch_and_its_validation(make_data, tmp_path):
     fit(tmp_path, make_data(), callbacks, max_epochs=2, max_steps=-1, limit_train_batches=4)
     assert watch.hooks[0] == ("start", "dense", 4)
     assert watch.validations == ["dense", "moe"]
+
+
+def test_a_harvest_at_the_swaps_own_epoch_is_at_its_step_and_the_first_lines_say_so(make_data, tmp_path, capsys):
+    """Half of 5 steps rounds up for the harvest and the swap alike."""
+    chosen = make_callbacks({"every_n_epochs": 0.25}, {"at_epoch": 0.5, "at_step": None}, report=False)
+    chosen += [ExpertGrowth(at_epoch=0.7)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ask for .* harvests")
+        trainer = fit(tmp_path, make_data(), chosen, max_epochs=1, max_steps=-1, limit_train_batches=5)
+    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 3]
+    module, data = trainer.lightning_module, trainer.datamodule
+    rows = f"{len(data.train_set)} training examples, {len(data.rows)} packed rows"
+    assert (module.swap_step, module.growth_step) == (3, 4)
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"{rows}, 5 optimizer steps an epoch, 5 optimizer steps in all",
+        "2 harvest points, after steps 1, 3",
+        "swap after step 3",
+        "growth after step 4",
+    ]
+
+
+def test_harvests_that_fall_on_one_step_are_counted_before_training(make_data, tmp_path, capsys):
+    settings = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3}
+    callbacks = make_callbacks({"every_n_epochs": 0.125}, {"at_epoch": 1.0, "at_step": None}, report=False)
+    module = make_module(num_experts=2)
+    with (
+        pytest.raises(RuntimeError, match="stopped here"),
+        pytest.warns(UserWarning, match=r"ask for 8 harvests, but they fall on 3 different .* An epoch has 3 steps"),
+    ):
+        fit(tmp_path, make_data(), [*callbacks, StopAt("on_train_start")], module=module, **settings)
+    assert "3 harvest points, after steps 1, 2, 3\n" in capsys.readouterr().out
+
+
+class StopAt(Callback):
+    """Interrupt the fit at a hook."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.stop)
+
+    def stop(self, *args):
+        raise RuntimeError("stopped here")
 
 
 def test_the_new_parameters_are_those_that_the_optimizer_moves(make_data, tmp_path):

@@ -243,7 +243,7 @@ def test_layers_that_are_computed_again_are_compiled(kind, monkeypatch):
     fast.model = copy.deepcopy(plain)
     for model in (plain, fast.lm):
         model.config._experts_implementation = "batched_mm"  # on a CPU ours is not traced
-    fast.finish(SimpleNamespace(strategy=None))
+    fast.finish(SimpleNamespace(strategy=None), fast.lm)
     ids, grads = torch.randint(3, 64, (2, 9)), []
     with torch.compiler.set_stance("default"):
         for model in (plain, fast.lm):

@@ -54,7 +54,8 @@ class RouterInit(Strategy):
         """Initialise the router; a collective.
 
         Args:
-            dense: model in evaluation mode; its FFN is overwritten.
+            dense: model in evaluation mode. Overwrite its FFN only while it is borrowed, see
+                :func:`upit.placement.borrowed`.
             seeds: scored and assigned seed data.
             data: data module, for ``train_set`` and ``tokenizer``.
             directory: for what is worth keeping of an interrupted initialisation.

@@ -16,6 +16,7 @@ from torch import Tensor
 from upit.distributed import all_sum
 from upit.families import is_expert
 from upit.forward import ffn_inputs_of, layer_inputs_of
+from upit.placement import borrowed
 from upit.pool import Expert
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, Seeds, ffn_inputs_by_example
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def load_mean(dense: PreTrainedModel, experts: Sequence[Expert]) -> None:
-    """Copy the mean of the experts' FFNs into a dense model, each rank its own shard."""
+    """Copy the mean of the experts' FFNs into a borrowed model, each rank its own shard."""
     for name, param in dense.named_parameters():
         if is_expert(name):
             where = local_slices(param)
@@ -87,12 +88,13 @@ class HiddenMean(RouterInit):
         self.mode = mode
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
-        load_mean(dense, experts)
         inputs_of, pooled = _MODES[self.mode]
         shape = (dense.config.num_hidden_layers, len(experts), dense.config.hidden_size)
         sums_DEH = torch.zeros(shape, dtype=torch.float32, device=next(dense.parameters()).device)
-        for expert, states_DNH in _visit(dense, seeds, data, autocast=autocast, track=track, inputs_of=inputs_of):
-            sums_DEH[:, expert] += pooled(states_DNH.float())
+        with borrowed(dense):
+            load_mean(dense, experts)
+            for expert, states_DNH in _visit(dense, seeds, data, autocast=autocast, track=track, inputs_of=inputs_of):
+                sums_DEH[:, expert] += pooled(states_DNH.float())
         return list(experts), F.normalize(all_sum(sums_DEH), dim=-1).cpu()
 
 
@@ -113,14 +115,15 @@ class Ridge(RouterInit):
         self.strength = strength
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
-        load_mean(dense, experts)
         num_layers, hidden = dense.config.num_hidden_layers, dense.config.hidden_size
         shape = (num_layers, hidden, hidden + len(experts))  # X^T [X Y] of every layer
         products = torch.zeros(shape, dtype=torch.float64, device=next(dense.parameters()).device)
-        for expert, states_DNH in _visit(dense, seeds, data, autocast=autocast, track=track):
-            for own, h_NH in zip(products, states_DNH.double(), strict=True):
-                own[:, :hidden] += h_NH.T @ h_NH
-                own[:, hidden + expert] += h_NH.sum(0)
+        with borrowed(dense):
+            load_mean(dense, experts)
+            for expert, states_DNH in _visit(dense, seeds, data, autocast=autocast, track=track):
+                for own, h_NH in zip(products, states_DNH.double(), strict=True):
+                    own[:, :hidden] += h_NH.T @ h_NH
+                    own[:, hidden + expert] += h_NH.sum(0)
         gram_DHH, cross_DHE = all_sum(products).split([hidden, len(experts)], dim=-1)
         return list(experts), ridge(gram_DHH, cross_DHE, strength=self.strength).float().cpu()
 
