@@ -1,7 +1,6 @@
 """What the upcycling and a later growth share: when they happen, whom they tell, and what follows a new model."""
 
 import gc
-import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from upit.files import write_json
 from upit.merging import Dare, Merge
 from upit.pool import Expert
 from upit.resident import checked_device, usual_device
+from upit.run_seed import run_seed
 from upit.selection import MostDissimilar, Parents
 from upit.similarity import Cosine, Similarity
 
@@ -41,6 +41,7 @@ class UpcyclingEvent(Callback):
     drift_tag: ClassVar[str]
     dev_step: ClassVar[int]  # under fast_dev_run
     patience: ClassVar[str]  # what to do about an EarlyStopping that did not wait for the event
+    seed_offset: ClassVar[int] = 0  # from the run's seed, so that two events draw different numbers
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class UpcyclingEvent(Callback):
         parents: Parents | None,
         similarity: Similarity | None,
         drift_examples: int,
-        seed: int,
+        seed: int | None,
         expansion_device: str | None,
     ) -> None:
         if (at_epoch is None) == (at_step is None):
@@ -63,7 +64,8 @@ class UpcyclingEvent(Callback):
         self.parents = parents or MostDissimilar()
         self.similarity = similarity or Cosine()
         self.drift_examples = drift_examples
-        self.seed = seed
+        self.given_seed = seed
+        self.seed = seed or 0  # set in setup, when the run's seed is known
         self.expansion_device = expansion_device
         self.wall_seconds: dict[str, float] = {}
 
@@ -72,6 +74,7 @@ class UpcyclingEvent(Callback):
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
+            self.seed = run_seed() + self.seed_offset if self.given_seed is None else self.given_seed
             require_upcycling(pl_module, self)
             if self.expansion_device is not None:
                 checked_device(self.expansion_device, f"{type(self).__name__}.expansion_device")
@@ -194,11 +197,6 @@ class UpcyclingEvent(Callback):
         for callback in trainer.callbacks:
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, module, self)
-
-
-def run_seed() -> int:
-    """The run's ``seed_everything``; 0 where it has none."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def callback_of(trainer, kind: type[C], *, reason: str) -> C:

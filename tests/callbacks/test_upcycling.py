@@ -4,6 +4,7 @@ import csv
 import shutil
 from contextlib import nullcontext
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
-from callbacks import ExpertHarvest, Upcycling
+from callbacks import ExpertGrowth, ExpertHarvest, Upcycling
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
@@ -122,12 +123,17 @@ def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
 
 
 @pytest.mark.parametrize(("step", "refused"), [(4, True), (9, False)], ids=["dense", "moe"])
-def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(finished, make_data, tmp_path, step, refused):
+def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(
+    finished, make_data, tmp_path, monkeypatch, step, refused
+):
+    def check(*_):
+        raise ValueError("the files that it came from are gone")
+
     shutil.copytree(finished[0], tmp_path / "run")
-    callbacks = make_callbacks(upcycling={"parents": Best("val/los")}, report=False)
-    trainer = make_trainer(tmp_path / "run", callbacks, logger=False)
+    monkeypatch.setattr("callbacks.upcycling.check_choices", check)
+    trainer = make_trainer(tmp_path / "run", make_callbacks(report=False), logger=False)
     trainer.ckpt_path = tmp_path / f"run/checkpoints/step={step}.ckpt"  # as the command line does
-    with pytest.raises(ValueError, match=r"Best\.metric") if refused else nullcontext():
+    with pytest.raises(ValueError, match="are gone") if refused else nullcontext():
         trainer.fit(make_module(), datamodule=make_data(), weights_only=True)
 
 
@@ -244,3 +250,27 @@ def test_any_expert_rate_and_router_gives_a_moe_that_trains(make_data, tmp_path)
         trainer = fit(run, make_data(), callbacks, max_steps=7)
         assert trainer.lightning_module.phase == "moe"
         assert all(torch.isfinite(param).all() for param in trainer.lightning_module.parameters())
+
+
+def test_seeds_are_those_of_the_run_that_starts_and_not_of_the_constructors(make_data, tmp_path):
+    class Started(Exception):  # noqa: N818
+        pass
+
+    class Stop(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise Started
+
+    L.seed_everything(1, verbose=False)
+    events = [
+        ExpertGrowth(at_step=8),
+        Upcycling(at_step=6, seed_fraction=0.1),
+        Upcycling(at_step=6, seed_fraction=0.1, seed=5),
+    ]
+    for seed in (2, 3):
+        for upcycling, drawn in ((events[1], seed), (events[2], 5)):
+            module = make_module()
+            L.seed_everything(seed, verbose=False)
+            callbacks = [events[0], upcycling, ExpertHarvest(every_n_steps=3), Stop()]
+            with pytest.raises(Started):
+                fit(tmp_path, make_data(), callbacks, module=module)
+            assert (upcycling.seed, events[0].seed) == (drawn, seed + 1)
