@@ -43,7 +43,7 @@ def record(module: Any, trainer: L.Trainer) -> Record:
     for part in parts:
         sections["model" if part is module else f"model.{part.phase}"] = settings_of(part)
     for callback in trainer.callbacks:
-        if not type(callback).__module__.startswith("lightning."):  # those keep what they need themselves
+        if not type(callback).__module__.startswith(("lightning.", "upit.cli")):  # they keep what they need themselves
             name = type(callback).__name__
             sections[name] = PRESENT
             sections |= {f"{name}.{field}": value for field, value in settings_of(callback).items()}
