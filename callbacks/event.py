@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
@@ -143,12 +143,17 @@ class UpcyclingEvent(Callback):
         self._tell(trainer, pl_module, f"on_{self.name}_end")
 
     @override
-    def on_train_end(self, trainer, pl_module) -> None:
+    def on_fit_end(self, trainer, pl_module) -> None:
+        """Raises: MissedEventError: the fit ended before its event; all else has been done by now."""
         due_at = self.due_at(pl_module)
         if due_at is not None:
-            rank_zero_warn(
-                f"the fit ended at step {trainer.global_step}, before the {self.name} at step {due_at}: the model is "
-                f"the one before it. If EarlyStopping ended the fit, {self.patience}"
+            hints = [f"EarlyStopping: {self.patience}"] * _has(trainer, EarlyStopping)
+            hints += ["trainer.max_time: raise it"] * _has(trainer, Timer)
+            checkpoint = last_checkpoint(trainer)
+            raise MissedEventError(
+                f"the fit ended at optimizer step {trainer.global_step}, before the {self.name} at step {due_at}. "
+                f"What may have ended it: {'; '.join(hints) or 'a callback that sets trainer.should_stop'}. "
+                + (f"To go on: --ckpt_path {checkpoint}" if checkpoint else "No checkpoint was written.")
             )
 
     def expand(
@@ -197,6 +202,24 @@ class UpcyclingEvent(Callback):
         for callback in trainer.callbacks:
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, module, self)
+
+
+class MissedEventError(RuntimeError):
+    """A fit ended before its upcycling or growth: the model is not the one that was asked for."""
+
+
+def _has(trainer, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)
+
+
+def last_checkpoint(trainer) -> Path | None:
+    """The checkpoint that was written last."""
+    known: set[str] = set()
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            known |= {callback.last_model_path, callback.best_model_path, *callback.best_k_models}
+    found = [Path(path) for path in known if path and Path(path).exists()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def callback_of(trainer, kind: type[C], *, reason: str) -> C:

@@ -117,6 +117,11 @@ class CausalLMModule(EvaluatedModule):
                 "use lightning_modules.UpITModule for both, or the module of that phase"
             )
 
+    @property
+    def owed_step(self) -> int | None:
+        """Optimizer step of an upcycling or growth that is planned and has not happened yet."""
+        return None
+
     @abstractmethod
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Training loss of a batch, the terms to log, and their weight.

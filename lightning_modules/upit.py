@@ -128,6 +128,13 @@ class UpITModule(CausalLMModule):
         now = 0 if self.phase == "dense" else 1 + self.grown
         return bounds[now + 1] - bounds[now]
 
+    @property
+    @override
+    def owed_step(self) -> int | None:
+        if self.phase == "dense":
+            return self.swap_step
+        return None if self.grown else self.growth_step
+
     def plan_swap(self, step: int) -> None:
         """Say at which optimizer step the swap will be; the dense schedule ends there."""
         if self.phase == "dense":

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,28 @@ def test_a_run_in_progress_is_left_alone(cli_run, tmp_path, monkeypatch, capsys)
         assert records(run) == before
     finally:
         lock.release()
+
+
+class Terminate(L.Callback):
+    """What a scheduler does at the end of a job's time."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--trainer.max_time=00:00:00:00", r"upit fit: error: .* before the upcycling at step 4.*max_time: raise it"),
+        ('--trainer.callbacks+={"class_path": "tests.test_cli.Terminate"}', str(128 + signal.SIGTERM)),
+    ],
+    ids=["max_time", "SIGTERM"],
+)
+def test_a_fit_that_owes_its_swap_does_not_exit_with_0(cli_run, tmp_path, monkeypatch, option, said):
+    options = ["--trainer.default_root_dir", tmp_path / "run", option]
+    with pytest.raises(SystemExit) as stop:
+        upit("fit", "-c", cli_run / "config.yaml", *options, monkeypatch=monkeypatch)
+    assert re.match(said, str(stop.value.code))
 
 
 def test_hyper_parameters_of_a_checkpoint_are_ignored_and_named(cli_run, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,8 +179,10 @@ def _train(args: list[str] | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning as L
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
+    from callbacks.event import MissedEventError
     from upit.run_directory import RunDirectory
 
     class Began(L.Callback):
@@ -232,6 +235,14 @@ def _train(args: list[str] | None) -> None:
             if options.get("ckpt_path"):
                 # told before the model is built, so that it is built as the checkpoint says, sharded too
                 self.trainer.ckpt_path, options.ckpt_path = options.ckpt_path, None
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            try:
+                super()._run_subcommand(subcommand)
+            except MissedEventError as error:
+                sys.exit(f"upit {subcommand}: error: {error}")
+            except SIGTERMException:  # Lightning would exit with 0
+                sys.exit(128 + signal.SIGTERM)
 
         def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
             fits = self.subcommand == "fit"

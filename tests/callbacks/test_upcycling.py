@@ -1,6 +1,7 @@
 """The swap: what is refused before training, on which boundary it happens, and whom it tells."""
 
 import csv
+import json
 import shutil
 from contextlib import nullcontext
 
@@ -8,11 +9,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
 from callbacks import ExpertGrowth, ExpertHarvest, Upcycling
+from callbacks.event import MissedEventError
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
@@ -149,11 +151,36 @@ def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
     assert trainer.lightning_module.phase == "moe"
 
 
-def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):
+def test_a_fit_that_ends_before_its_swap_fails(make_data, tmp_path):
     stop = EarlyStopping("dense/val_loss", patience=0, min_delta=99.0)
-    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}, report=False), stop]
-    with pytest.warns(UserWarning, match="ended at step 4, before the upcycling at step 5"):
-        fit(tmp_path, make_data(), callbacks, limit_train_batches=2, max_epochs=6, max_steps=-1)
+    save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}), stop, save]
+    settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1, "enable_checkpointing": True}
+    message = (
+        r"ended at optimizer step 4, before the upcycling at step 5\..* EarlyStopping: let it watch .*"
+        r"To go on: --ckpt_path .*checkpoints/step=4\.ckpt"
+    )
+    with pytest.raises(MissedEventError, match=message):
+        fit(tmp_path, make_data(), callbacks, **settings)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["stages"]) == ["base"]
+    assert "finished" not in report
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("due", ["upcycling", "growth"])
+def test_a_fit_that_is_stopped_before_an_event_fails(make_data, tmp_path, due):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == (3 if due == "upcycling" else 7)
+
+    growth = [ExpertGrowth(at_step=8)] if due == "growth" else [Timer("00:00:10:00")]
+    callbacks = [Stop(), *growth, *make_callbacks(report=False)]
+    hint = r"a callback that sets trainer\.should_stop" if due == "growth" else r"trainer\.max_time: raise it"
+    with pytest.raises(
+        MissedEventError, match=rf"before the {due} at step \d\. .*: {hint}\. No checkpoint was written"
+    ):
+        fit(tmp_path, make_data(), callbacks)
 
 
 def test_early_stopping_on_a_metric_of_the_moe(make_data, tmp_path):
