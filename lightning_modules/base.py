@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_modules import horizon, resume
 from lightning_modules.accumulation import TokenWindow
 from lightning_modules.evaluated import EvaluatedModule
-from lightning_modules.monitors import check_monitors
+from lightning_modules.monitors import PhaseCheckpoints, check_monitors, declared
 from lightning_modules.optimizers import AdamW, adamw, take_settings
 from lightning_modules.stops import stop
 from lightning_modules.strategies import check_strategy
@@ -95,6 +95,7 @@ class CausalLMModule(EvaluatedModule):
         self.swap_step: int | None = None
         self.growth_step: int | None = None
         self._settings: resume.Record | None = None  # of this fit
+        self._checkpoints = PhaseCheckpoints()
         self._changed = False  # since the checkpoint that this fit goes on from
         self._set_aside: list[torch.optim.Optimizer] = []
         self._window = TokenWindow()
@@ -249,6 +250,7 @@ class CausalLMModule(EvaluatedModule):
         values = {"train/loss": means["lm_loss"]} | {f"{self.active.phase}/{name}": m for name, m in means.items()}
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "train/loss", logger=False)
+        self._checkpoints.release(values)
         numbers = {name: float(value) for name, value in values.items()}
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.global_step)
@@ -383,6 +385,7 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def on_train_start(self) -> None:
+        self._checkpoints.hold(self.trainer)
         if self._changed:  # the optimizer has the checkpoint's settings by now
             fresh = self.active.optimizers_for(self.phase_steps())
             (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
@@ -391,11 +394,27 @@ class CausalLMModule(EvaluatedModule):
             self._window.load_state_dict(self._resumed_window, self)
             self._resumed_window = None
 
+    # --- checkpoints by a metric ---------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # metrics that callbacks log whenever they like
+        if self._checkpoints.awaited & declared(self.trainer, self.active.phase):
+            self._checkpoints.release(declared(self.trainer, self.active.phase) & self.trainer.callback_metrics.keys())
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            names = self.active.validation_metrics() | declared(self.trainer, self.active.phase)
+            self._checkpoints.release(names)
+
     # --- the end of a fit ----------------------------------------------------------------------------
     # Lightning then moves optimizer and model to the host, which takes seconds, in vain if it is the last fit
 
     @override
     def on_train_end(self) -> None:
+        self._checkpoints.release(self._checkpoints.awaited)
         if self.last_fit:
             self._set_aside, self.trainer.strategy.optimizers = self.trainer.strategy.optimizers, []
 

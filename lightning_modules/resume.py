@@ -245,17 +245,26 @@ def adapt_callbacks(trainer: L.Trainer, states: dict[str, Any], ckpt_path: str |
         if isinstance(callback, EarlyStopping) and state and state["patience"] != callback.patience:
             found.append(Change("EarlyStopping.patience", callback.patience, state["patience"]))
             state["patience"] = callback.patience
-        if isinstance(callback, ModelCheckpoint) and state and ckpt_path and callback.dirpath:
-            here = Path(ckpt_path).resolve().parent == Path(callback.dirpath).resolve()
-            if here and state["dirpath"] != callback.dirpath:
-                states[callback.state_key] = _moved(state, str(state["dirpath"]), str(callback.dirpath))
+        if isinstance(callback, ModelCheckpoint) and state and ckpt_path:
+            old, new = Path(state["dirpath"]), Path(str(callback.dirpath))
+            if old != new and _is_moved(old, new, Path(trainer.default_root_dir), Path(ckpt_path)):
+                states[callback.state_key] = _moved(state, old, new)
     return found
 
 
-def _moved(state: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+def _is_moved(old: Path, new: Path, run: Path, ckpt_path: Path) -> bool:
+    """Whether a folder of a run's checkpoints is the one of before: at the same place in the run that is resumed."""
+    run, new, ckpt_path = run.resolve(), new.resolve(), ckpt_path.resolve()
+    if not (new.is_relative_to(run) and ckpt_path.is_relative_to(run)):
+        return False
+    within = new.relative_to(run).parts
+    return old.parts[-len(within) :] == within
+
+
+def _moved(state: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
     def path(value: str) -> str:
-        return str(Path(new) / Path(value).relative_to(old)) if value and Path(value).is_relative_to(old) else value
+        return str(new / Path(value).relative_to(old)) if value and Path(value).is_relative_to(old) else value
 
     single = ("best_model_path", "kth_best_model_path", "last_model_path")
     best = {path(name): score for name, score in state["best_k_models"].items()}
-    return {**state, "dirpath": new, "best_k_models": best, **{key: path(state[key]) for key in single}}
+    return {**state, "dirpath": str(new), "best_k_models": best, **{key: path(state[key]) for key in single}}

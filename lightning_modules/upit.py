@@ -105,12 +105,14 @@ class UpITModule(CausalLMModule):
         self.dense.release()
         self.phase = "moe"
         self.swap_step = self.trainer.global_step
+        self._checkpoints.hold(self.trainer)
 
     def grow(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Take a MoE with more experts in place of this one; everything else goes on from it."""
         self._become(grown_config(self.lm.config, num_experts=len(experts)), experts, router_DEH)
         self.grown = True
         self.growth_step = self.trainer.global_step
+        self._checkpoints.hold(self.trainer)
 
     def _become(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         trainer, source = self.trainer, self.lm

@@ -152,7 +152,7 @@ def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
 
 
 def test_a_fit_that_ends_before_its_swap_fails(make_data, tmp_path):
-    stop = EarlyStopping("dense/val_loss", patience=0, min_delta=99.0)
+    stop = EarlyStopping("val/loss", patience=0, min_delta=99.0)
     save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}), stop, save]
     settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1, "enable_checkpointing": True}
