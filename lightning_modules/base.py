@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_modules import horizon, resume
 from lightning_modules.accumulation import TokenWindow
 from lightning_modules.evaluated import EvaluatedModule
-from lightning_modules.monitors import PhaseCheckpoints, check_monitors, declared
+from lightning_modules.monitors import PhaseCheckpoints, check_monitors, check_supported, declared
 from lightning_modules.optimizers import AdamW, adamw, take_settings
 from lightning_modules.stops import stop
 from lightning_modules.strategies import check_strategy
@@ -140,6 +140,12 @@ class CausalLMModule(EvaluatedModule):
     def training_metrics(self) -> set[str]:
         """Names of what a training step logs."""
         return {"train/loss", *(f"{self.phase}/{name}" for name in self.means.names)}
+
+    @override
+    def configure_callbacks(self) -> Any:
+        if self.trainer.state.fn == TrainerFn.FITTING:  # the one hook before those of the callbacks
+            check_supported(self.trainer)
+        return super().configure_callbacks()
 
     @override
     def setup(self, stage: str) -> None:

@@ -1,15 +1,37 @@
-"""Which metrics there will be, and when: told before the fit, so that a callback does not wait for one in vain."""
+"""What callbacks can rely on: which metrics there will be, and when; told before the fit."""
 
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+)
 
 from lightning_modules.horizon import first_validation
 
 ALWAYS = ("epoch", "step")  # what ModelCheckpoint knows without anyone logging it
+
+UNSUPPORTED: dict[type[L.Callback], str] = {
+    BackboneFinetuning: "looks for an attribute backbone, which the module does not have",
+    BatchSizeFinder: "changes data.batch_size in trial fits, and steps could not be counted: set data.batch_size",
+    LearningRateFinder: "trains trial steps, which would count towards harvest and swap: set lr",
+    ModelPruning: "prunes the parameters that it finds in setup, when the model is not built yet",
+}
+
+
+def check_supported(trainer: L.Trainer) -> None:
+    """Raises: ValueError: a callback of Lightning's can't work with these modules; names it with the reason."""
+    for callback in trainer.callbacks:
+        for kind, reason in UNSUPPORTED.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"{type(callback).__name__} {reason}. Remove it from trainer.callbacks")
 
 
 def logged(module: Any, trainer: L.Trainer, *, by: float = math.inf) -> dict[str, set[str]]:

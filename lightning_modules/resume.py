@@ -67,7 +67,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
-        return str(value) if isinstance(value, str) else value  # an enum's member is text too
+        return str.__str__(value) if isinstance(value, str) else value  # an enum's member is text too
     if isinstance(value, Path | torch.dtype):
         return str(value)
     if isinstance(value, Strategy):

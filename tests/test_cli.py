@@ -79,6 +79,42 @@ def test_an_unknown_subcommand_is_named_with_the_known_ones(capsys):
     assert "validate" in error
 
 
+# --- modules of one's own -----------------------------------------------------------------------------
+
+
+def upit_in(folder: Path, *args: str) -> subprocess.CompletedProcess:
+    """One command as the installed script runs it: the working directory is not on the path."""
+    command = [sys.executable, "-P", "-c", "from upit.cli import main; main()", *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_modules_in_the_working_directory_are_found_last(tmp_path):
+    (tmp_path / "mine.py").write_text("from callbacks import CollapseGuard\nclass Guard(CollapseGuard): pass\n")
+    (tmp_path / "yaml.py").write_text("raise ImportError('hides an installed package')\n")
+    (tmp_path / "callbacks").mkdir()  # without modules it hides nothing
+    config = small_config(tmp_path / "run", tmp_path)
+    config["trainer"]["callbacks"] += [
+        {"class_path": "mine.Guard", "init_args": {"window": 7}},
+        {"class_path": "lightning.pytorch.callbacks.Timer"},
+    ]
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    result = upit_in(tmp_path, "fit", "-c", "config.yml", "--print_config")
+    assert result.returncode == 0, result.stderr
+    guard, timer = yaml.safe_load(result.stdout)["trainer"]["callbacks"][-2:]
+    assert guard["init_args"]["window"] == 7
+    assert timer["init_args"]["interval"] == "step", "a text enum, which YAML does not know"
+
+
+@pytest.mark.parametrize("taken", ["callbacks/mine.py", "datamodules/__init__.py", "lightning_modules.py"])
+def test_a_module_with_the_name_of_one_of_upit_is_refused(tmp_path, taken):
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("")
+    result = upit_in(tmp_path, "fit", "--print_config")
+    assert result.returncode == 1
+    assert f"upit fit: error: '{tmp_path}/{taken.split('/')[0]}' has the name of a package of upit's" in result.stderr
+
+
 # --- run directories ----------------------------------------------------------------------------------
 
 

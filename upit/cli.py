@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from upit.own_modules import find_own_modules
+
 SUBCOMMANDS = {
     "fit": "run the whole method, or one phase, from a YAML config",
     "validate": "held-out loss of a dense or MoE checkpoint",
@@ -29,6 +31,10 @@ def main(args: list[str] | None = None) -> None:
     """Entry point. Imports torch only for the subcommands that need it."""
     given, args = args, sys.argv[1:] if args is None else args
     command = args[0] if args else "--help"
+    try:
+        find_own_modules()
+    except ValueError as error:
+        sys.exit(f"upit {command}: error: {error}")
     if command not in SUBCOMMANDS:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
@@ -180,12 +186,13 @@ def _train(args: list[str] | None) -> None:
     import lightning as L
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import SIGTERMException
+    from yaml import SafeDumper
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
     from callbacks.event import MissedEventError
     from upit.run_directory import RunDirectory
 
-    class Began(L.Callback):
+    class _Began(L.Callback):
         def on_train_start(self, trainer, pl_module) -> None:
             directory.began = True
 
@@ -251,11 +258,13 @@ def _train(args: list[str] | None) -> None:
             self.save_config_callback = SaveConfigCallback if fits else None  # a test leaves the run's config alone
             chosen = [callback for callback in callbacks if callback is not None]
             if fits:
-                chosen.append(Began())
+                chosen.append(_Began())
             if self.subcommand == "predict":
                 chosen.append(WriteAnswers())
             return super()._instantiate_trainer(config, chosen)
 
+    # members of a text enum, such as the default interval of Lightning's Timer
+    SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
     with RunDirectory() as directory:
         CLI(
             L.LightningModule,

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+)
 
 from callbacks import RoutingPicture
 from lightning_modules import DenseModule
@@ -133,6 +140,16 @@ def test_an_attribute_metrics_of_another_kind_means_nothing(make_data, tmp_path,
     own.metrics, own.monitor, own.strict, own.name, own.drift = metrics, ["val/loss"], "yes", 3, None
     trainer = fit(tmp_path, make_data(), [own], module=DenseModule(config=TINY), max_steps=1)
     assert logged(trainer.lightning_module, trainer)["dense"] == logged_alone(trainer)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [BackboneFinetuning(), BatchSizeFinder(), LearningRateFinder(), ModelPruning("l1_unstructured")],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_callbacks_that_cannot_work_are_refused_with_the_reason(make_data, tmp_path, callback):
+    with pytest.raises(ValueError, match=rf"^{type(callback).__name__} .* Remove it from trainer\.callbacks"):
+        fit(tmp_path, make_data(), [callback], module=DenseModule(config=TINY))
 
 
 def logged_alone(trainer) -> set[str]:
