@@ -10,13 +10,14 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
+from upit.checkpoints import last_checkpoint
 from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
@@ -210,16 +211,6 @@ class MissedEventError(RuntimeError):
 
 def _has(trainer, kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in trainer.callbacks)
-
-
-def last_checkpoint(trainer) -> Path | None:
-    """The checkpoint that was written last."""
-    known: set[str] = set()
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            known |= {callback.last_model_path, callback.best_model_path, *callback.best_k_models}
-    found = [Path(path) for path in known if path and Path(path).exists()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def callback_of(trainer, kind: type[C], *, reason: str) -> C:

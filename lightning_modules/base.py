@@ -468,12 +468,11 @@ class CausalLMModule(EvaluatedModule):
         """Raises: ValueError: the checkpoint's pending gradients can't be restored."""
         if window is None:
             return None
-        now, then = self.trainer.accumulate_grad_batches, window["accumulate"]
-        if now != then or self.trainer.world_size > 1 or window["gradients"] is None:
+        if self.trainer.world_size > 1 or window["gradients"] is None:
             raise ValueError(
-                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {then} batches of an optimizer step, "
-                "and its pending gradients can't be restored: that takes one process, the same "
-                f"trainer.accumulate_grad_batches (now {now}), and no interruption within a batch. Resume from "
-                "another checkpoint, and set trainer.val_check_interval to a multiple of accumulate_grad_batches"
+                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {window['accumulate']} batches of an "
+                "optimizer step, and its pending gradients can't be restored: that takes one process, and no "
+                "interruption within a batch. Resume from another checkpoint, and set trainer.val_check_interval to a "
+                "multiple of accumulate_grad_batches"
             )
         return window
