@@ -1,7 +1,6 @@
 """What the upcycling and a later growth share: when they happen, whom they tell, and what follows a new model."""
 
 import gc
-import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,13 +10,14 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
+from upit.checkpoints import last_checkpoint
 from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
@@ -26,6 +26,7 @@ from upit.merging import Dare, Merge
 from upit.points import step_at
 from upit.pool import Expert
 from upit.resident import checked_device, usual_device
+from upit.run_seed import run_seed
 from upit.selection import MostDissimilar, Parents
 from upit.similarity import Cosine, Similarity
 
@@ -42,6 +43,7 @@ class UpcyclingEvent(Callback):
     drift_tag: ClassVar[str]
     dev_step: ClassVar[int]  # under fast_dev_run
     patience: ClassVar[str]  # what to do about an EarlyStopping that did not wait for the event
+    seed_offset: ClassVar[int] = 0  # from the run's seed, so that two events draw different numbers
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class UpcyclingEvent(Callback):
         parents: Parents | None,
         similarity: Similarity | None,
         drift_examples: int,
-        seed: int,
+        seed: int | None,
         expansion_device: str | None,
     ) -> None:
         if (at_epoch is None) == (at_step is None):
@@ -64,7 +66,8 @@ class UpcyclingEvent(Callback):
         self.parents = parents or MostDissimilar()
         self.similarity = similarity or Cosine()
         self.drift_examples = drift_examples
-        self.seed = seed
+        self.given_seed = seed
+        self.seed = seed or 0  # set in setup, when the run's seed is known
         self.expansion_device = expansion_device
         self.wall_seconds: dict[str, float] = {}
 
@@ -73,6 +76,7 @@ class UpcyclingEvent(Callback):
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
+            self.seed = run_seed() + self.seed_offset if self.given_seed is None else self.given_seed
             require_upcycling(pl_module, self)
             if self.expansion_device is not None:
                 checked_device(self.expansion_device, f"{type(self).__name__}.expansion_device")
@@ -148,12 +152,17 @@ class UpcyclingEvent(Callback):
         self.drift = drift(module.lm, before, *compared, **how)
 
     @override
-    def on_train_end(self, trainer, pl_module) -> None:
+    def on_fit_end(self, trainer, pl_module) -> None:
+        """Raises: MissedEventError: the fit ended before its event; all else has been done by now."""
         due_at = self.due_at(pl_module)
         if due_at is not None:
-            rank_zero_warn(
-                f"the fit ended at step {trainer.global_step}, before the {self.name} at step {due_at}: the model is "
-                f"the one before it. If EarlyStopping ended the fit, {self.patience}"
+            hints = [f"EarlyStopping: {self.patience}"] * _has(trainer, EarlyStopping)
+            hints += ["trainer.max_time: raise it"] * _has(trainer, Timer)
+            checkpoint = last_checkpoint(trainer)
+            raise MissedEventError(
+                f"the fit ended at optimizer step {trainer.global_step}, before the {self.name} at step {due_at}. "
+                f"What may have ended it: {'; '.join(hints) or 'a callback that sets trainer.should_stop'}. "
+                + (f"To go on: --ckpt_path {checkpoint}" if checkpoint else "No checkpoint was written.")
             )
 
     def expand(
@@ -204,9 +213,12 @@ class UpcyclingEvent(Callback):
                 getattr(callback, hook)(trainer, module, self)
 
 
-def run_seed() -> int:
-    """The run's ``seed_everything``; 0 where it has none."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+class MissedEventError(RuntimeError):
+    """A fit ended before its upcycling or growth: the model is not the one that was asked for."""
+
+
+def _has(trainer, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)
 
 
 def callback_of(trainer, kind: type[C], *, reason: str) -> C:

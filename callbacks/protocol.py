@@ -17,6 +17,7 @@ class UpcyclingModule(Protocol):
     swap_step: int | None
     grown: bool
     growth_step: int | None
+    owed_step: int | None  # of an event that is planned and has not happened
     moe: Any  # has num_experts and top_k
     phases: Sequence[Any]  # the modules that are active in turn; have compile_layers
     lm: PreTrainedModel

@@ -85,6 +85,8 @@ class RunReport(Callback):
 
     @override
     def on_train_end(self, trainer, pl_module) -> None:
+        if pl_module.owed_step is not None:  # not the end that was asked for, and the fit fails
+            return
         self._add_seconds("post_training" if pl_module.active.phase == "moe" else "dense")
         self._score(trainer, pl_module, "final" if pl_module.active.phase == "moe" else "dense")
         if self.export != "none":

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.event import UpcyclingEvent, callback_of, follow_module, run_seed
+from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.harvest import ExpertHarvest
 from upit.artefacts import Run
 from upit.distributed import rank
@@ -75,8 +75,7 @@ class Upcycling(UpcyclingEvent):
         seed: int | None = None,
         expansion_device: str | None = None,
     ) -> None:
-        own_seed = run_seed() if seed is None else seed
-        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
+        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, seed, expansion_device)
         if not 0.0 < seed_fraction <= 1.0:
             raise ValueError(f"seed_fraction={seed_fraction} must lie in (0, 1]")
         self.source = source or Harvested()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from abc import abstractmethod
@@ -24,6 +23,7 @@ from datamodules.files import read_json_lines
 from datamodules.packing import group_by_length, pack
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import read_json, write_json
+from upit.run_seed import run_seed
 
 PAD_MULTIPLE = 64
 CACHE_VERSION = 2  # raised when the same source gives other examples than before
@@ -72,9 +72,14 @@ class ConversationDataModule(L.LightningDataModule):
         self.predict_file = predict_file
         self.num_workers = num_workers
         self.seed = seed
-        self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if order_seed is None else order_seed
+        self._order_seed = order_seed
         self.cache_dir = Path(cache_dir)
         self.tokenizer: Any = None
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the rows; the run's where none was given."""
+        return run_seed() if self._order_seed is None else self._order_seed
 
     @abstractmethod
     def source_key(self) -> dict[str, Any]:
@@ -87,6 +92,19 @@ class ConversationDataModule(L.LightningDataModule):
     @abstractmethod
     def make_tokenizer(self, train_rows: list[Row]) -> Any:
         """The tokenizer, which may be trained on the training rows; runs once, then the cache serves."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again, in plain types: the data and its order."""
+        return {
+            "kind": type(self).__name__,
+            "content": self.folder.name,
+            "max_length": self.max_length,
+            "packing": self.packing,
+            "batch_size": self.batch_size,
+            "train_domains": self.train_domains,
+            "seed": self.seed,
+            "order_seed": self.order_seed,
+        }
 
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """Whether a completion answers an example: equal up to white space."""

@@ -9,15 +9,16 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_modules import horizon
+from lightning_modules import horizon, resume
 from lightning_modules.accumulation import TokenWindow
 from lightning_modules.evaluated import EvaluatedModule
-from lightning_modules.monitors import check_monitors
-from lightning_modules.optimizers import AdamW, adamw
+from lightning_modules.monitors import PhaseCheckpoints, check_monitors, check_supported, declared
+from lightning_modules.optimizers import AdamW, adamw, take_settings
 from lightning_modules.stops import stop
 from lightning_modules.strategies import check_strategy
 from upit.checkpoints import IDENTITY, config_of, identity_of, read_identity
@@ -30,6 +31,7 @@ from upit.metrics import WeightedMeans
 from upit.models import build
 from upit.sharding import shard
 
+SETTINGS = "settings"  # of the run, in the identity; see lightning_modules.resume
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
 WINDOW = "upit_window"  # of gradient accumulation, in checkpoints that are saved within one
 
@@ -91,6 +93,10 @@ class CausalLMModule(EvaluatedModule):
         self.trust_remote_code = trust_remote_code
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
+        self.growth_step: int | None = None
+        self._settings: resume.Record | None = None  # of this fit
+        self._checkpoints = PhaseCheckpoints()
+        self._changed = False  # since the checkpoint that this fit goes on from
         self._set_aside: list[torch.optim.Optimizer] = []
         self._window = TokenWindow()
         self._watch = FiniteWatch(lambda name, step: stop(self, f"the {name}", step))
@@ -112,6 +118,11 @@ class CausalLMModule(EvaluatedModule):
                 "use lightning_modules.UpITModule for both, or the module of that phase"
             )
 
+    @property
+    def owed_step(self) -> int | None:
+        """Optimizer step of an upcycling or growth that is planned and has not happened yet."""
+        return None
+
     @abstractmethod
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Training loss of a batch, the terms to log, and their weight.
@@ -131,6 +142,12 @@ class CausalLMModule(EvaluatedModule):
         return {"train/loss", *(f"{self.phase}/{name}" for name in self.means.names)}
 
     @override
+    def configure_callbacks(self) -> Any:
+        if self.trainer.state.fn == TrainerFn.FITTING:  # the one hook before those of the callbacks
+            check_supported(self.trainer)
+        return super().configure_callbacks()
+
+    @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer)
         if stage == "fit":
@@ -138,6 +155,9 @@ class CausalLMModule(EvaluatedModule):
                 self._check_graphs()
             horizon.check_validation(self.trainer)
             check_monitors(self, self.trainer)
+            self._settings, self._changed = resume.record(self, self.trainer), False
+            if self.resumed is not None:  # on the command line; else the checkpoint is known when it is loaded
+                self._changes_since(self.resumed, self.resumed["global_step"])
 
     def _check_graphs(self) -> None:
         """Raises: ValueError: the run is none that CUDA graphs can hold."""
@@ -235,6 +255,7 @@ class CausalLMModule(EvaluatedModule):
         values = {"train/loss": means["lm_loss"]} | {f"{self.active.phase}/{name}": m for name, m in means.items()}
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "train/loss", logger=False)
+        self._checkpoints.release(values)
         numbers = {name: float(value) for name, value in values.items()}
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.global_step)
@@ -352,11 +373,62 @@ class CausalLMModule(EvaluatedModule):
     def on_train_epoch_end(self) -> None:
         self.check_finite()  # before callbacks export the model at the end of the fit
 
+    # --- resuming ------------------------------------------------------------------------------------
+
+    def _changes_since(self, identity: dict[str, Any], step: int) -> list[resume.Change]:
+        """Settings that differ from those of a checkpoint.
+
+        Raises: ValueError: one of them can't be changed; see :data:`lightning_modules.resume.RULES`.
+        """
+        if identity.get(SETTINGS) is None or self._settings is None:
+            raise ValueError(
+                "the checkpoint does not say under which settings it was trained: an older upit wrote it, or it was "
+                "not saved in a fit. Use it for validate, test, predict and export, and start the fit anew"
+            )
+        changes = resume.changes(self._settings, identity[SETTINGS])
+        resume.check(changes, resume.Point.of(self, self.trainer, identity, step))
+        return changes
+
+    def _go_on_from(self, checkpoint: dict[str, Any]) -> None:
+        """Take what differs from the checkpoint's settings, and say so."""
+        changes = self._changes_since(checkpoint[IDENTITY], checkpoint["global_step"])
+        changes += resume.adapt_callbacks(self.trainer, checkpoint.get("callbacks", {}), self.trainer.ckpt_path)
+        self._changed = bool(changes)
+        for change in changes:
+            rank_zero_info(f"resumed with {change}")
+
+    @override
+    def on_train_start(self) -> None:
+        self._checkpoints.hold(self.trainer)
+        if self._changed:  # the optimizer has the checkpoint's settings by now
+            fresh = self.active.optimizers_for(self.phase_steps())
+            (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+            take_settings(optimizer, schedule.scheduler, fresh["optimizer"], fresh["lr_scheduler"]["scheduler"])
+        if self._resumed_window is not None:
+            self._window.load_state_dict(self._resumed_window, self)
+            self._resumed_window = None
+
+    # --- checkpoints by a metric ---------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # metrics that callbacks log whenever they like
+        if self._checkpoints.awaited & declared(self.trainer, self.active.phase):
+            self._checkpoints.release(declared(self.trainer, self.active.phase) & self.trainer.callback_metrics.keys())
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            names = self.active.validation_metrics() | declared(self.trainer, self.active.phase)
+            self._checkpoints.release(names)
+
     # --- the end of a fit ----------------------------------------------------------------------------
     # Lightning then moves optimizer and model to the host, which takes seconds, in vain if it is the last fit
 
     @override
     def on_train_end(self) -> None:
+        self._checkpoints.release(self._checkpoints.awaited)
         if self.last_fit:
             self._set_aside, self.trainer.strategy.optimizers = self.trainer.strategy.optimizers, []
 
@@ -377,7 +449,7 @@ class CausalLMModule(EvaluatedModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
-        checkpoint[IDENTITY] = self.identity()
+        checkpoint[IDENTITY] = self.identity() | {SETTINGS: self._settings}
         checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
         if self._window.is_open and "optimizer_states" in checkpoint:
             accumulate = self.trainer.accumulate_grad_batches
@@ -387,7 +459,11 @@ class CausalLMModule(EvaluatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if IDENTITY not in checkpoint:
             raise ValueError("the checkpoint does not say which model it holds: no checkpoint of a upit module")
+        if "hyper_parameters" in checkpoint:
+            rank_zero_warn("the checkpoint's hyper_parameters are ignored: upit writes none, and the config decides")
         self.enter(checkpoint[IDENTITY])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._go_on_from(checkpoint)
         if self.active.model is None:
             self.active.model = build(config_of(checkpoint[IDENTITY]))
             if self._trainer is not None:
@@ -400,18 +476,11 @@ class CausalLMModule(EvaluatedModule):
         """Raises: ValueError: the checkpoint's pending gradients can't be restored."""
         if window is None:
             return None
-        now, then = self.trainer.accumulate_grad_batches, window["accumulate"]
-        if now != then or self.trainer.world_size > 1 or window["gradients"] is None:
+        if self.trainer.world_size > 1 or window["gradients"] is None:
             raise ValueError(
-                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {then} batches of an optimizer step, "
-                "and its pending gradients can't be restored: that takes one process, the same "
-                f"trainer.accumulate_grad_batches (now {now}), and no interruption within a batch. Resume from "
-                "another checkpoint, and set trainer.val_check_interval to a multiple of accumulate_grad_batches"
+                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {window['accumulate']} batches of an "
+                "optimizer step, and its pending gradients can't be restored: that takes one process, and no "
+                "interruption within a batch. Resume from another checkpoint, and set trainer.val_check_interval to a "
+                "multiple of accumulate_grad_batches"
             )
         return window
-
-    @override
-    def on_train_start(self) -> None:
-        if self._resumed_window is not None:
-            self._window.load_state_dict(self._resumed_window, self)
-            self._resumed_window = None

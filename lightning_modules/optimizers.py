@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from upit.attention import HALF
@@ -134,3 +134,31 @@ def adamw(
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     LostUpdates(optimizer, warmup=warmup, steps=min(LOOKED_AT, steps - warmup))
     return optimizer, scheduler
+
+
+def take_settings(
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    fresh: torch.optim.Optimizer,
+    fresh_scheduler: LRScheduler,
+) -> None:
+    """Give a restored optimizer and its schedule the settings of fresh ones; moments and step stay.
+
+    The learning rate becomes the one of the fresh schedule at the restored step.
+
+    Raises: ValueError: the schedule is not a ``LambdaLR``, so its rate at a step is not known.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{type(scheduler).__name__}: a resumed run takes other settings only with a schedule that is a LambdaLR; "
+            "set them back as they were"
+        )
+    for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        group.update({name: value for name, value in wanted.items() if name not in ("params", "lr")})
+    scheduler.base_lrs = fresh_scheduler.base_lrs
+    rates = [
+        lr * factor(scheduler.last_epoch) for lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates  # what get_last_lr tells

@@ -108,6 +108,7 @@ class UpITModule(CausalLMModule):
         self.dense.release()
         self.phase = "moe"
         self.swap_step = self.trainer.global_step
+        self._checkpoints.hold(self.trainer)
 
     def grow(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Take a MoE with more experts in place of this one; everything else goes on from it."""
@@ -115,6 +116,7 @@ class UpITModule(CausalLMModule):
         self.moe.model = self._built(config, experts, router_DEH)
         self.grown = True
         self.growth_step = self.trainer.global_step
+        self._checkpoints.hold(self.trainer)
 
     def _built(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> PreTrainedModel:
         """A MoE filled from the model in use; until it takes its place, checkpoints hold that one alone."""
@@ -150,6 +152,13 @@ class UpITModule(CausalLMModule):
         if self.growth_step is not None:
             said.append(f"growth after step {self.growth_step}")
         return said
+
+    @property
+    @override
+    def owed_step(self) -> int | None:
+        if self.phase == "dense":
+            return self.swap_step
+        return None if self.grown else self.growth_step
 
     def plan_swap(self, step: int) -> None:
         """Say at which optimizer step the swap will be; the dense schedule ends there."""

@@ -171,3 +171,15 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise _unreadable(path, error) from None
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def last_checkpoint(trainer: Any) -> Path | None:
+    """The checkpoint that a trainer's fit wrote last, or else the one it was resumed from."""
+    paths: list[Any] = []
+    for callback in trainer.checkpoint_callbacks:
+        paths += [getattr(callback, name, None) for name in ("best_model_path", "last_model_path")]
+        paths += getattr(callback, "best_k_models", {})
+    found = [Path(path) for path in paths if path and Path(path).exists()]
+    if not found and trainer.ckpt_path:
+        return Path(trainer.ckpt_path)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -2,13 +2,15 @@
 
 import argparse
 import inspect
-import itertools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from upit.own_modules import find_own_modules
 
 SUBCOMMANDS = {
     "fit": "run the whole method, or one phase, from a YAML config",
@@ -25,14 +27,16 @@ SUBCOMMANDS = {
     "configs": "list, show or copy the configs that -c takes by name",
 }
 STAGES = ("expand", "init-router", "upcycle", "inspect")  # functions of upit.stages
-RUN_DIR = "UPIT_RUN_DIR"
-LAUNCHERS = {"RANK", "SLURM_PROCID"}
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. Imports torch only for the subcommands that need it."""
     given, args = args, sys.argv[1:] if args is None else args
     command = args[0] if args else "--help"
+    try:
+        find_own_modules()
+    except ValueError as error:
+        sys.exit(f"upit {command}: error: {error}")
     if command not in SUBCOMMANDS:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
@@ -225,8 +229,16 @@ def _train(args: list[str] | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning as L
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+    from yaml import SafeDumper
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
+    from callbacks.event import MissedEventError
+    from upit.run_directory import RunDirectory
+
+    class _Began(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            directory.began = True
 
     class CLI(LightningCLI):
         """LightningCLI whose runs each have a directory of their own, and whose two callbacks have a key each.
@@ -247,6 +259,9 @@ def _train(args: list[str] | None) -> None:
             except ValueError as error:
                 self.parser.error(str(error), error)
 
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would replace the model section by the checkpoint's hyper_parameters; the module warns."""
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.set_defaults({"trainer.default_root_dir": "runs/run"})
             parser.add_lightning_class_args(ExpertHarvest, "harvest", subclass_mode=True, required=False)
@@ -254,18 +269,15 @@ def _train(args: list[str] | None) -> None:
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
-            ranks = [os.environ.get(name, "0") for name in LAUNCHERS]
             if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
                 self.parser.error(f"ckpt_path={config.ckpt_path!r} does not exist")
-            started_here = RUN_DIR not in os.environ and set(ranks) == {"0"}
-            run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
-            if self.subcommand == "fit":
-                try:
-                    run.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    self.parser.error(f"trainer.default_root_dir={str(run)!r} can't be written: {error}")
-                if started_here:
-                    keep_records(run)
+            wanted = config.trainer.default_root_dir
+            try:
+                run = directory.choose(Path(wanted), config.get("ckpt_path"), fits=self.subcommand == "fit")
+            except OSError as error:
+                self.parser.error(f"trainer.default_root_dir={str(wanted)!r} can't be written: {error}")
+            except ValueError as error:
+                self.parser.error(str(error))
             config.trainer.default_root_dir = str(run)
 
         def after_instantiate_classes(self) -> None:
@@ -275,27 +287,40 @@ def _train(args: list[str] | None) -> None:
                 # told before the model is built, so that it is built as the checkpoint says, sharded too
                 self.trainer.ckpt_path, options.ckpt_path = options.ckpt_path, None
 
+        def _run_subcommand(self, subcommand: str) -> None:
+            try:
+                super()._run_subcommand(subcommand)
+            except MissedEventError as error:
+                sys.exit(f"upit {subcommand}: error: {error}")
+            except SIGTERMException:  # Lightning would exit with 0
+                sys.exit(128 + signal.SIGTERM)
+
         def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
             fits = self.subcommand == "fit"
             if config["logger"] in (None, True):  # not written into the run's config: a second run has its own
                 config["logger"] = _loggers(config["default_root_dir"]) if fits else False
             self.save_config_callback = SaveConfigCallback if fits else None  # a test leaves the run's config alone
             chosen = [callback for callback in callbacks if callback is not None]
+            if fits:
+                chosen.append(_Began())
             if self.subcommand == "predict":
                 chosen.append(WriteAnswers())
             return super()._instantiate_trainer(config, chosen)
 
-    CLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
-        parser_class=_plain(LightningArgumentParser),
-        args=args,
-    )
+    # members of a text enum, such as the default interval of Lightning's Timer
+    SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
+    with RunDirectory() as directory:
+        CLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
+            parser_class=_plain(LightningArgumentParser),
+            args=args,
+        )
 
 
 def _plain(kind: Any) -> Any:
@@ -316,40 +341,6 @@ def _plain(kind: Any) -> Any:
             self.exit(2, f"{self.prog}: error: {explain(message)}\n")
 
     return Parser
-
-
-def run_directory(wanted: Path, ckpt_path: str | None) -> Path:
-    """Where a run leaves its things: the wanted directory, or one beside it where that is taken.
-
-    A resumed run goes on in the directory of its checkpoint. Processes that a run starts share its directory. Under an
-    external launcher (torchrun, SLURM) no rank may choose by itself: there a directory that holds a run is refused.
-
-    Raises: ValueError: see above.
-    """
-    if RUN_DIR in os.environ:
-        return Path(os.environ[RUN_DIR])
-    run = wanted
-    if ckpt_path:
-        found = Path(ckpt_path).resolve().parent
-        run = found.parent if found.name == "checkpoints" else wanted
-    elif LAUNCHERS & os.environ.keys():  # experts are written only once all ranks have passed here
-        if (run / "experts").exists():
-            raise ValueError(f"trainer.default_root_dir={str(run)!r} holds a run already; name another directory")
-    else:
-        taken = 2
-        while run.exists() and any(run.iterdir()):
-            run, taken = wanted.with_name(f"{wanted.name}-{taken}"), taken + 1
-    os.environ[RUN_DIR] = str(run)
-    return run
-
-
-def keep_records(run: Path) -> None:
-    """Put what a resumed run would overwrite beside: metrics.csv becomes metrics-1.csv, and so on."""
-    for name in ("metrics.csv", "config.yaml"):
-        file = run / name
-        if file.exists():
-            free = next(i for i in itertools.count(1) if not file.with_stem(f"{file.stem}-{i}").exists())
-            file.rename(file.with_stem(f"{file.stem}-{free}"))
 
 
 def _loggers(run: str) -> list:

@@ -79,7 +79,7 @@ def _print_checkpoint(path: Path, console: Console) -> None:
     from upit.checkpoints import read_identity
 
     identity = read_identity(path)
-    config = identity.pop("config")
+    config, _ = identity.pop("config"), identity.pop("settings", None)
     rows = [["architecture", config["model_type"]], *([key, value] for key, value in identity.items())]
     _print_rows(f"Checkpoint {path}", ["", ""], rows, console)
 

@@ -159,10 +159,11 @@ def test_a_resumed_run_still_knows_the_metrics_of_before(make_data, tmp_path):
 
 
 def test_experts_of_an_abandoned_future_are_forgotten(make_data, tmp_path):
-    """A run resumed with other points must not upcycle experts that its own past never had."""
+    """A resumed run that ends earlier must not upcycle experts that its own past never had."""
     fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=1))
-    fit(tmp_path, make_data(), ExpertHarvest(at_steps=[1, 6]), ckpt_path=tmp_path / "checkpoints/step=2.ckpt")
-    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 2, 6]
+    resumed = {"ckpt_path": tmp_path / "checkpoints/step=2.ckpt", "max_steps": 4}
+    fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=1), **resumed)
+    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 2, 3, 4]
 
 
 def test_a_run_resumed_away_from_its_experts_is_refused(make_data, tmp_path):

@@ -1,18 +1,21 @@
 """The swap: what is refused before training, on which boundary it happens, and whom it tells."""
 
 import csv
+import json
 import shutil
 import warnings
 from contextlib import nullcontext
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
 from callbacks import ExpertGrowth, ExpertHarvest, Upcycling
+from callbacks.event import MissedEventError
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
@@ -124,12 +127,17 @@ def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
 
 
 @pytest.mark.parametrize(("step", "refused"), [(4, True), (9, False)], ids=["dense", "moe"])
-def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(finished, make_data, tmp_path, step, refused):
+def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(
+    finished, make_data, tmp_path, monkeypatch, step, refused
+):
+    def check(*_):
+        raise ValueError("the files that it came from are gone")
+
     shutil.copytree(finished[0], tmp_path / "run")
-    callbacks = make_callbacks(upcycling={"parents": Best("val/los")}, report=False)
-    trainer = make_trainer(tmp_path / "run", callbacks, logger=False)
+    monkeypatch.setattr("callbacks.upcycling.check_choices", check)
+    trainer = make_trainer(tmp_path / "run", make_callbacks(report=False), logger=False)
     trainer.ckpt_path = tmp_path / f"run/checkpoints/step={step}.ckpt"  # as the command line does
-    with pytest.raises(ValueError, match=r"Best\.metric") if refused else nullcontext():
+    with pytest.raises(ValueError, match="are gone") if refused else nullcontext():
         trainer.fit(make_module(), datamodule=make_data(), weights_only=True)
 
 
@@ -145,11 +153,36 @@ def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
     assert trainer.lightning_module.phase == "moe"
 
 
-def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):
-    stop = EarlyStopping("dense/val_loss", patience=0, min_delta=99.0)
-    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}, report=False), stop]
-    with pytest.warns(UserWarning, match="ended at step 4, before the upcycling at step 5"):
-        fit(tmp_path, make_data(), callbacks, limit_train_batches=2, max_epochs=6, max_steps=-1)
+def test_a_fit_that_ends_before_its_swap_fails(make_data, tmp_path):
+    stop = EarlyStopping("val/loss", patience=0, min_delta=99.0)
+    save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}), stop, save]
+    settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1, "enable_checkpointing": True}
+    message = (
+        r"ended at optimizer step 4, before the upcycling at step 5\..* EarlyStopping: let it watch .*"
+        r"To go on: --ckpt_path .*checkpoints/step=4\.ckpt"
+    )
+    with pytest.raises(MissedEventError, match=message):
+        fit(tmp_path, make_data(), callbacks, **settings)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["stages"]) == ["base"]
+    assert "finished" not in report
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("due", ["upcycling", "growth"])
+def test_a_fit_that_is_stopped_before_an_event_fails(make_data, tmp_path, due):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == (3 if due == "upcycling" else 7)
+
+    growth = [ExpertGrowth(at_step=8)] if due == "growth" else [Timer("00:00:10:00")]
+    callbacks = [Stop(), *growth, *make_callbacks(report=False)]
+    hint = r"a callback that sets trainer\.should_stop" if due == "growth" else r"trainer\.max_time: raise it"
+    with pytest.raises(
+        MissedEventError, match=rf"before the {due} at step \d\. .*: {hint}\. No checkpoint was written"
+    ):
+        fit(tmp_path, make_data(), callbacks)
 
 
 def test_early_stopping_on_a_metric_of_the_moe(make_data, tmp_path):
@@ -287,3 +320,27 @@ def test_any_expert_rate_and_router_gives_a_moe_that_trains(make_data, tmp_path)
         trainer = fit(run, make_data(), callbacks, max_steps=7)
         assert trainer.lightning_module.phase == "moe"
         assert all(torch.isfinite(param).all() for param in trainer.lightning_module.parameters())
+
+
+def test_seeds_are_those_of_the_run_that_starts_and_not_of_the_constructors(make_data, tmp_path):
+    class Started(Exception):  # noqa: N818
+        pass
+
+    class Stop(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise Started
+
+    L.seed_everything(1, verbose=False)
+    events = [
+        ExpertGrowth(at_step=8),
+        Upcycling(at_step=6, seed_fraction=0.1),
+        Upcycling(at_step=6, seed_fraction=0.1, seed=5),
+    ]
+    for seed in (2, 3):
+        for upcycling, drawn in ((events[1], seed), (events[2], 5)):
+            module = make_module()
+            L.seed_everything(seed, verbose=False)
+            callbacks = [events[0], upcycling, ExpertHarvest(every_n_steps=3), Stop()]
+            with pytest.raises(Started):
+                fit(tmp_path, make_data(), callbacks, module=module)
+            assert (upcycling.seed, events[0].seed) == (drawn, seed + 1)

@@ -16,8 +16,9 @@ from lightning_modules import DenseModule
 from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
 from tests.integration.test_two_processes import small_config
 from tests.lightning_modules.test_optimizers import Fused
-from upit.cli import RUN_DIR, main
+from upit.cli import main
 from upit.finite import NotFiniteError
+from upit.run_directory import RUN_DIR
 from upit.upcycling import upcycle
 
 
