@@ -29,8 +29,10 @@ from datamodules.packing import Rows, group_by_length, pack
 from datamodules.split import Split, chosen_examples, domain_name, split_by_content, split_given
 from datamodules.table import INDEX, Examples, TableWriter
 from datamodules.tokenising import tokenised
+from upit.checkpoints import read_identity
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import digest, read_json, write_json
+from upit.run_seed import run_seed
 from upit.verifiers import Exact, Verifier
 
 PAD_MULTIPLE = 64
@@ -113,7 +115,7 @@ class ConversationDataModule(L.LightningDataModule):
         self.predict_file = predict_file
         self.num_workers = num_workers
         self.seed = seed
-        self.order_seed = order_seed
+        self._order_seed = order_seed
         self.cache_dir = Path(cache_dir)
         self.order = order
         self.drift_floor = drift_floor
@@ -128,6 +130,11 @@ class ConversationDataModule(L.LightningDataModule):
         self._folder: Path | None = None
         self._domain_names: dict[str, str] = {}  # as in tags: as in the data
         self._made_rows: tuple[int, Rows] | None = None
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the rows; the run's where none was given."""
+        return run_seed() if self._order_seed is None else self._order_seed
 
     @abstractmethod
     def source_key(self) -> dict[str, Any]:
@@ -194,7 +201,7 @@ class ConversationDataModule(L.LightningDataModule):
             "order": self.order,
             "drift_floor": self.drift_floor if self.order == "drifting" else None,
             "seed": self.seed,
-            "order_seed": self._order_seed,
+            "order_seed": self.order_seed,
             "eval_batch_tokens": self.eval_batch_tokens,
         }
 
@@ -203,7 +210,26 @@ class ConversationDataModule(L.LightningDataModule):
     @property
     def folder(self) -> Path:
         """The cache's entry: named by all that it depends on."""
-        return self._folder or self.cache_dir / self._key()
+        return self._folder or self._entry()
+
+    def _entry(self) -> Path:
+        try:
+            return self.cache_dir / self._key()
+        except FileNotFoundError as error:
+            entry = self._trained_on()
+            if entry is None or not is_whole(entry):
+                raise
+            warnings.warn(
+                f"{error}; the scores are of the data that the checkpoint's run prepared, {entry}", stacklevel=2
+            )
+            return entry
+
+    def _trained_on(self) -> Path | None:
+        """The cache's entry that the checkpoint was trained on, in a test or a validation of one."""
+        if self.trainer is None or self.trainer.state.fn not in ("test", "validate") or not self.trainer.ckpt_path:
+            return None
+        content = (read_identity(self.trainer.ckpt_path).get("settings") or {}).get("data.content")
+        return self.cache_dir / content if content else None
 
     def _key(self) -> str:
         return digest([CACHE_VERSION, self.source_key(), self.max_length])[:20]
@@ -212,7 +238,7 @@ class ConversationDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         if self._predicts and self.prompt_tokenizer() is not None:
             return
-        self._folder = self.cache_dir / self._key()
+        self._folder = self._entry()
         if is_whole(self._folder, digests=True):
             return
         waiting = f"{self._folder}: another process is preparing this data; waiting for it"
@@ -286,7 +312,6 @@ class ConversationDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self._order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.order_seed is None else self.order_seed
         if self.tokenizer is not None:
             return
         if stage == "predict" and (tokenizer := self.prompt_tokenizer()) is not None:
@@ -416,11 +441,11 @@ class ConversationDataModule(L.LightningDataModule):
 
     def _order_of(self, rows: Rows) -> Order:
         if self.order == "shuffled":
-            return Shuffled(len(rows), self._order_seed)
+            return Shuffled(len(rows), self.order_seed)
         domains = self.train_set.domain_ids[rows.places[np.concatenate([[0], rows.ends[:-1]])]]
         if self.order == "drifting":
-            return Drifting(domains, self._order_seed, floor=self.drift_floor)
-        return DomainBlocks(domains, self._order_seed, batch_rows=self.batch_size if self.packing else 1)
+            return Drifting(domains, self.order_seed, floor=self.drift_floor)
+        return DomainBlocks(domains, self.order_seed, batch_rows=self.batch_size if self.packing else 1)
 
     # --- loaders -------------------------------------------------------------------------------------
 
