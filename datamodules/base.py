@@ -269,7 +269,11 @@ class ConversationDataModule(L.LightningDataModule):
 
     def _tokenise(self, tokenizer, rows: Iterable[Row], writer: TableWriter, part: str) -> None:
         """Write the examples of some rows; those without tokens are counted in ``dropped``."""
-        settings = {"max_length": self.max_length, "invalid": self.invalid, "processes": self.num_processes}
+        settings: dict[str, Any] = {
+            "max_length": self.max_length,
+            "invalid": self.invalid,
+            "processes": self.num_processes,
+        }
         total = self.count_rows(part) if not isinstance(rows, Sized) else len(rows)
         escaped = self._escaped(rows)
         with tqdm(total=total, desc=f"Tokenising {part}", unit=" rows", leave=False) as bar:

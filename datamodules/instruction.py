@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row
-from datamodules.files import DataFile, data_files, file_digest, read_records
+from datamodules.files import DataFile, count_records, data_files, file_digest, read_records
 from datamodules.forms import FORMS, ConversationError, Dropped, FormName, Forms
 from upit.sources import content_key, load_tokenizer, loading, template_text
 
@@ -130,6 +131,17 @@ class InstructionDataModule(ConversationDataModule):
     @override
     def make_rows(self) -> tuple[Iterator[Row], Iterator[Row] | None]:
         return self.train_rows(), None if self.heldout_files is None else self.heldout_rows()
+
+    @override
+    def count_rows(self, part: str) -> int | None:
+        names = self.train_files if part == "train" else self.heldout_files
+        if names is None:
+            return None
+        paths = {source.path for source in data_files(names, field=f"data.{part}_files")}
+        with suppress(OSError, ValueError):  # what is wrong with a file is told when it is read
+            counts = [count_records(path) for path in paths]
+            return None if None in counts else sum(count or 0 for count in counts)
+        return None
 
     def train_rows(self) -> Iterator[Row]:
         """Stream the training conversations; what is left out is counted in ``dropped``."""

@@ -1,7 +1,7 @@
 """Procedural questions with exact verifiers, from reasoning-gym; and a tokenizer for models from scratch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
@@ -85,7 +85,7 @@ class ReasoningGymDataModule(ConversationDataModule):
         return None if self.tokenizer_source is None else self.make_tokenizer([])
 
     @override
-    def make_tokenizer(self, train_rows: list[Row]):
+    def make_tokenizer(self, train_rows: Iterable[Row]):
         if self.tokenizer_source is not None:
             return load_tokenizer(
                 self.tokenizer_source, chat_template=self.chat_template, trust_remote_code=self.trust_remote_code

@@ -1,6 +1,7 @@
 """Tokenised examples in one Arrow file, written as they come and memory-mapped: no process holds them all."""
 
 from collections.abc import Iterator, Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any, Self
 
@@ -144,7 +145,7 @@ class Examples(Sequence[Example]):
         return [*self, *other]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(dict.__eq__, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
 

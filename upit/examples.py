@@ -135,7 +135,7 @@ def lengths_of(dataset: Sequence[Example]) -> list[int]:
 
 def domains_of(dataset: Sequence[Example], names: Sequence[str]) -> np.ndarray:
     """Index of each example's domain in ``names``, int64."""
-    if hasattr(dataset, "domain_ids"):
+    if hasattr(dataset, "domain_ids") and hasattr(dataset, "domain_names"):
         place = {name: i for i, name in enumerate(names)}
         return np.array([place.get(name, -1) for name in dataset.domain_names])[dataset.domain_ids]
     return np.array([names.index(row["domain"]) for row in dataset])

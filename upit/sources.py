@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from upit.chat_templates import TEMPLATES, named_template, training_template
+from upit.files import content_digest
 
 PACKAGE = "package://"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
 def resolve(source: str) -> tuple[str, dict[str, str]]:
@@ -107,13 +109,15 @@ def set_chat_template(tokenizer, chat_template: str | None) -> None:
 
 
 def content_key(source: str | None) -> Any:
-    """What a source stands for, in plain types: its name, and what lies there if it is a local file or folder."""
+    """What a tokenizer or a dataset stands for, in plain types: its name, and the content of local files.
+
+    A model's weights beside a tokenizer are not read: the tokenizer does not depend on them.
+    """
     path = Path(source or "").expanduser()
     if source is None or not path.exists():
         return source
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
-    return [source, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+    files = sorted(file for file in path.rglob("*") if file.suffix not in WEIGHTS) if path.is_dir() else [path]
+    return [source, [[str(file.relative_to(path)), content_digest(file)] for file in files if file.is_file()]]
 
 
 def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remote_code: bool = False):

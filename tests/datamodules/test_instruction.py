@@ -342,6 +342,25 @@ def test_a_crash_while_tokenising_leaves_no_half_cache(make_instruction, tmp_pat
     assert texts(module) == rendered(module, ROWS)
 
 
+@pytest.mark.parametrize(("write", "count"), [(as_jsonl, 20), (as_json, None), (as_parquet, 20)])
+def test_how_many_rows_a_stream_will_give(make_instruction, tmp_path, write, count):
+    module = make_instruction(train_files=[write(tmp_path)])
+    assert module.count_rows("train") == count
+    assert module.count_rows("heldout") is None
+
+
+def test_a_tokenizer_is_known_by_its_content(make_instruction, tmp_path, tokenizer_dir, tokenisings):
+    """Not by the time of its files, nor by the weights of a model beside it."""
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    for change in range(2):
+        module = make_instruction(train_files=[as_jsonl(tmp_path)])
+        module.tokenizer_source = str(tmp_path / "tokenizer")
+        module.prepare_data()
+        (tmp_path / "tokenizer/model.safetensors").write_text(f"{change}")
+        (tmp_path / "tokenizer/tokenizer.json").touch()
+    assert len(tokenisings) == 20
+
+
 # --- bad input ----------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,7 @@ def test_report_and_export(grown, tmp_path, capsys):
     for name, tensor in module.lm.state_dict().items():
         assert torch.equal(stock.state_dict()[name], tensor), name
     card = (run / "export/README.md").read_text()
-    assert "| 0 | checkpoint of step 2 (epoch 0.08), post-trained to step 7 |" in card
+    assert "| 0 | checkpoint of step 2 (epoch 0.07), post-trained to step 7 |" in card
     assert "| 7 | " in card
     early = export_checkpoint(run / f"checkpoints/step={GROWTH}.ckpt", tmp_path / "early")
     card = (early / "README.md").read_text()
