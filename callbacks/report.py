@@ -47,7 +47,7 @@ class RunReport(Callback):
     def setup(self, trainer, pl_module, stage: str) -> None:
         self.run = Path(trainer.default_root_dir)
         if stage == "fit" and self.export == "best":
-            _ranking(trainer, pl_module)
+            self.ranking = _ranking(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:
@@ -114,7 +114,7 @@ class RunReport(Callback):
             write_json(self.run / "report.json", self.report)
 
     def _export(self, trainer, module) -> None:
-        best = self._best(trainer, module) if self.export == "best" else None
+        best = self._best() if self.export == "best" else None
         weights = {} if best else self._gathered(module)
         if rank() > 0:
             return
@@ -131,9 +131,9 @@ class RunReport(Callback):
         generation = identity.get("generation")
         export_model(config, weights, trainer.datamodule.tokenizer, output, card=card, generation=generation)
 
-    def _best(self, trainer, module) -> dict[str, Any] | None:
+    def _best(self) -> dict[str, Any] | None:
         """The best checkpoint and what it was chosen by; None where there is none. A collective."""
-        ranking = _ranking(trainer, module)
+        ranking = self.ranking
         path = ranking.best_model_path
         if broadcast(bool(path) and Path(path).exists()):
             score = float(torch.as_tensor(ranking.best_model_score))

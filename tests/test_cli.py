@@ -403,7 +403,7 @@ def test_export_says_what_is_wrong(cli_run, tmp_path, capsys):
     for options, message in (
         (["--output", output], "--ckpt_path"),
         (["--ckpt_path", tmp_path / "nowhere.ckpt", "--output", output], "nowhere.ckpt' does not exist"),
-        (["--ckpt_path", tmp_path / "text.ckpt", "--output", output], "text.ckpt' is no checkpoint"),
+        (["--ckpt_path", tmp_path / "text.ckpt", "--output", output], "text.ckpt' is damaged, or not a checkpoint"),
         (["--ckpt_path", good, "--output", tmp_path / "full"], "full' is not empty"),
         (["--ckpt_path", good, "--output", output, "--tokenizer", tmp_path / "none"], "no tokenizer at"),
     ):

@@ -36,15 +36,9 @@ def test_the_export_can_be_left_out(make_data, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-class Ranked(ModelCheckpoint):
-    """Ranks by the MoE's validations, and waits for the first of them."""
-
-    strict = False
-
-
 def test_the_best_checkpoint_is_exported(make_data, tmp_path, capsys):
     """The rate is so high that the first validation after the swap is the best."""
-    ranked = Ranked(tmp_path / "elsewhere", monitor="moe/val_loss", mode="min", save_top_k=1)
+    ranked = ModelCheckpoint(tmp_path / "elsewhere", monitor="moe/val_loss", mode="min", save_top_k=1)
     harvest, upcycling = make_callbacks({"every_n_steps": 1}, {"at_step": 2}, report=False)
     module = make_module(lr=1.0)
     settings = {"max_steps": 6, "val_check_interval": 3, "logger": False}
@@ -71,7 +65,7 @@ def test_the_best_checkpoint_is_exported(make_data, tmp_path, capsys):
 
 @pytest.mark.parametrize("settings", [{"monitor": "val/loss"}, {}, {"monitor": "moe/val_loss", "save_top_k": 0}])
 def test_the_best_needs_a_checkpoint_callback_that_ranks_moes(make_data, tmp_path, settings):
-    chosen = [*make_callbacks(report=False), RunReport(export="best"), Ranked(tmp_path, **settings)]
+    chosen = [*make_callbacks(report=False), RunReport(export="best"), ModelCheckpoint(tmp_path, **settings)]
     with pytest.raises(
         ValueError, match=r"RunReport\.export=best .* add one with monitor: moe/val_loss, or set export"
     ):
@@ -80,7 +74,7 @@ def test_the_best_needs_a_checkpoint_callback_that_ranks_moes(make_data, tmp_pat
 
 
 def test_without_a_best_checkpoint_the_last_weights_are_exported(make_data, tmp_path):
-    ranked = Ranked(tmp_path, monitor="dense/val_loss")
+    ranked = ModelCheckpoint(tmp_path, monitor="dense/val_loss")
     trainer = make_trainer(tmp_path, [RunReport(export="best"), ranked], max_steps=1, logger=False)
     with pytest.warns(UserWarning, match=r"ModelCheckpoint\(monitor='dense/val_loss'\) has saved no checkpoint"):
         trainer.fit(DenseModule(config=TINY), datamodule=make_data())
