@@ -298,12 +298,15 @@ def test_the_files_that_were_trained_on_may_be_gone_if_their_data_is_in_the_cach
     config["data"] = {"class_path": "datamodules.InstructionDataModule", "init_args": init}
     config["model"] = {"class_path": "lightning_modules.DenseModule", "init_args": {"config": TINY}}
     config |= {"harvest": None, "upcycling": None}
-    config["trainer"] |= {"max_steps": 2, "callbacks": [], "default_root_dir": str(tmp_path / "run")}
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 2}}
+    config["trainer"] |= {"max_steps": 2, "callbacks": [checkpoint], "default_root_dir": str(tmp_path / "run")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     upit("fit", "-c", tmp_path / "config.yaml", monkeypatch=monkeypatch)
     (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
     (tmp_path / "sums.jsonl").unlink()
-    with pytest.warns(UserWarning, match=r"sums\.jsonl does not exist; the scores are of the data that the checkpoint"):
+    with pytest.warns(
+        UserWarning, match=r"sums\.jsonl does not exist; the scores are of the data that the checkpoint"
+    ):
         upit("test", "-c", tmp_path / "config.yaml", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)
     assert "exact_match/sums" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "cache")
