@@ -54,6 +54,7 @@ class CollapseGuard(Callback):
         self.looked_at: int | None = None  # optimizer step that the window begins after; None before any fit
         self.load: ExpertLoad | None = None  # of the window so far
         self.weight: float | None = None  # the raised one
+        self.raised_from: float | None = None  # the configured one
 
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
@@ -74,7 +75,10 @@ class CollapseGuard(Callback):
             self.looked_at = trainer.global_step
         # of a resumed run
         if self.weight is not None:
-            pl_module.active.load_balancing_weight = self.weight
+            if pl_module.active.load_balancing_weight == self.raised_from:
+                pl_module.active.load_balancing_weight = self.weight
+            else:  # it was configured anew, and that counts
+                self.weight = self.raised_from = None
         if self.load is not None:
             self.load.to(pl_module.device)
 
@@ -118,6 +122,7 @@ class CollapseGuard(Callback):
             return "stopping"
         if self.action == "raise_weight":
             now = moe.load_balancing_weight
+            self.raised_from = now if self.raised_from is None else self.raised_from
             self.weight = moe.load_balancing_weight = max(now, min(self.factor * now, self.max_weight))
             return f"load_balancing_weight is now {self.weight:g}"
         return "nothing done; see CollapseGuard.action"
@@ -126,7 +131,12 @@ class CollapseGuard(Callback):
     def state_dict(self) -> dict[str, Any]:
         # of several ranks, rank 0's counts stand for all
         counts = None if self.load is None else self.load.counts_DE.cpu()
-        return {"looked_at": self.looked_at, "counts_DE": counts, "weight": self.weight}
+        return {
+            "looked_at": self.looked_at,
+            "counts_DE": counts,
+            "weight": self.weight,
+            "raised_from": self.raised_from,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,3 +146,4 @@ class CollapseGuard(Callback):
             self.load = ExpertLoad(*counts_DE.shape)
             self.load.counts_DE = counts_DE.double()
         self.weight = state_dict["weight"]
+        self.raised_from = state_dict["raised_from"]

@@ -1,7 +1,6 @@
 """What the upcycling and a later growth share: when they happen, whom they tell, and what follows a new model."""
 
 import gc
-import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,20 +10,23 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
+from upit.checkpoints import last_checkpoint
 from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
 from upit.files import write_json
 from upit.merging import Dare, Merge
+from upit.points import step_at
 from upit.pool import Expert
 from upit.resident import checked_device, usual_device
+from upit.run_seed import run_seed
 from upit.selection import MostDissimilar, Parents
 from upit.similarity import Cosine, Similarity
 
@@ -41,6 +43,7 @@ class UpcyclingEvent(Callback):
     drift_tag: ClassVar[str]
     dev_step: ClassVar[int]  # under fast_dev_run
     patience: ClassVar[str]  # what to do about an EarlyStopping that did not wait for the event
+    seed_offset: ClassVar[int] = 0  # from the run's seed, so that two events draw different numbers
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class UpcyclingEvent(Callback):
         parents: Parents | None,
         similarity: Similarity | None,
         drift_examples: int,
-        seed: int,
+        seed: int | None,
         expansion_device: str | None,
     ) -> None:
         if (at_epoch is None) == (at_step is None):
@@ -63,7 +66,8 @@ class UpcyclingEvent(Callback):
         self.parents = parents or MostDissimilar()
         self.similarity = similarity or Cosine()
         self.drift_examples = drift_examples
-        self.seed = seed
+        self.given_seed = seed
+        self.seed = seed or 0  # set in setup, when the run's seed is known
         self.expansion_device = expansion_device
         self.wall_seconds: dict[str, float] = {}
 
@@ -72,6 +76,7 @@ class UpcyclingEvent(Callback):
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit":
+            self.seed = run_seed() + self.seed_offset if self.given_seed is None else self.given_seed
             require_upcycling(pl_module, self)
             if self.expansion_device is not None:
                 checked_device(self.expansion_device, f"{type(self).__name__}.expansion_device")
@@ -92,16 +97,17 @@ class UpcyclingEvent(Callback):
         said = f"at_step={self.at_step}" if self.at_epoch is None else f"at_epoch={self.at_epoch}"
         return f"{type(self).__name__}.{said}"
 
+    def epochs(self, trainer, module: UpcyclingModule) -> float:
+        """How many epochs after the start of the fit the event comes."""
+        step = self.dev_step if trainer.fast_dev_run else self.at_step
+        return float(self.at_epoch or 0) if step is None else step / module.steps_per_epoch()
+
     def planned_step(self, trainer, module: UpcyclingModule) -> int:
         """The optimizer step that the event comes after.
 
         Raises: ValueError: it is not within the fit.
         """
-        step, total = self.at_step, module.total_steps()
-        if trainer.fast_dev_run:
-            step = self.dev_step
-        elif step is None:
-            step = round(float(self.at_epoch or 0) * module.steps_per_epoch())
+        step, total = step_at(self.epochs(trainer, module), module.steps_per_epoch()), module.total_steps()
         if not 0 < step < total:
             raise ValueError(
                 f"{self.when} is optimizer step {step}, but the fit has {total} steps: "
@@ -124,27 +130,39 @@ class UpcyclingEvent(Callback):
         due_at = self.due_at(pl_module)
         if due_at is None or trainer.global_step < due_at:
             return
-        self._tell(trainer, pl_module, f"on_{self.name}_start")
-        compared = trainer.datamodule, self.drift_examples
-        how = {"autocast": pl_module.autocast, "track": self.bar("Comparing logits")}
-        pl_module.eval()
-        before = reference_logits(pl_module.lm, *compared, **how)
-        self.change(trainer, pl_module)
-        if any(phase.compile_layers for phase in pl_module.phases):
-            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
-        pl_module.eval()
-        self.drift = drift(pl_module.lm, before, *compared, **how)
-        pl_module.train()
+        pl_module.check_finite()
+        try:
+            self._tell(trainer, pl_module, f"on_{self.name}_start")
+            self._change_and_compare(trainer, pl_module)
+        finally:
+            pl_module.train()
         log_now(trainer, {self.drift_tag: self.drift})
         self._tell(trainer, pl_module, f"on_{self.name}_end")
 
+    def _change_and_compare(self, trainer, module: UpcyclingModule) -> None:
+        compared = trainer.datamodule, self.drift_examples
+        how = {"autocast": module.autocast, "track": self.bar("Comparing logits")}
+        module.eval()
+        before = reference_logits(module.lm, *compared, **how)
+        self.change(trainer, module)
+        module.check_finite()
+        if any(phase.compile_layers for phase in module.phases):
+            gc.collect()  # compiled layers refer to themselves, and so keep the model they were of
+        module.eval()
+        self.drift = drift(module.lm, before, *compared, **how)
+
     @override
-    def on_train_end(self, trainer, pl_module) -> None:
+    def on_fit_end(self, trainer, pl_module) -> None:
+        """Raises: MissedEventError: the fit ended before its event; all else has been done by now."""
         due_at = self.due_at(pl_module)
         if due_at is not None:
-            rank_zero_warn(
-                f"the fit ended at step {trainer.global_step}, before the {self.name} at step {due_at}: the model is "
-                f"the one before it. If EarlyStopping ended the fit, {self.patience}"
+            hints = [f"EarlyStopping: {self.patience}"] * _has(trainer, EarlyStopping)
+            hints += ["trainer.max_time: raise it"] * _has(trainer, Timer)
+            checkpoint = last_checkpoint(trainer)
+            raise MissedEventError(
+                f"the fit ended at optimizer step {trainer.global_step}, before the {self.name} at step {due_at}. "
+                f"What may have ended it: {'; '.join(hints) or 'a callback that sets trainer.should_stop'}. "
+                + (f"To go on: --ckpt_path {checkpoint}" if checkpoint else "No checkpoint was written.")
             )
 
     def expand(
@@ -195,9 +213,12 @@ class UpcyclingEvent(Callback):
                 getattr(callback, hook)(trainer, module, self)
 
 
-def run_seed() -> int:
-    """The run's ``seed_everything``; 0 where it has none."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+class MissedEventError(RuntimeError):
+    """A fit ended before its upcycling or growth: the model is not the one that was asked for."""
+
+
+def _has(trainer, kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in trainer.callbacks)
 
 
 def callback_of(trainer, kind: type[C], *, reason: str) -> C:
@@ -214,9 +235,11 @@ def callback_of(trainer, kind: type[C], *, reason: str) -> C:
 def follow_module(trainer) -> None:
     """Let strategy, optimizer and scheduler follow a module whose parameters were replaced.
 
-    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters.
+    The one place that touches Lightning's private parts: DDP's wrapper would go on with the old parameters. If this
+    fails half-way, a checkpoint holds no optimizer state, and resuming it makes a new optimizer, as is done here.
     """
     strategy = trainer.strategy
+    strategy.optimizers, strategy.lr_scheduler_configs = [], []
     if isinstance(strategy, DDPStrategy):
         strategy.model = strategy._setup_model(trainer.lightning_module)
     strategy.setup_optimizers(trainer)

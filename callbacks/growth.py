@@ -3,7 +3,7 @@
 import torch
 from typing_extensions import override
 
-from callbacks.event import UpcyclingEvent, callback_of, follow_module, run_seed
+from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.protocol import upcycles
 from callbacks.upcycling import Upcycling
 from upit.artefacts import Run
@@ -44,6 +44,7 @@ class ExpertGrowth(UpcyclingEvent):
     drift_tag = "moe/growth_drift_kl"
     dev_step = 3
     patience = "raise its patience"
+    seed_offset = 1
 
     def __init__(
         self,
@@ -58,8 +59,7 @@ class ExpertGrowth(UpcyclingEvent):
         seed: int | None = None,
         expansion_device: str | None = None,
     ) -> None:
-        own_seed = run_seed() + 1 if seed is None else seed
-        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
+        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, seed, expansion_device)
         if self.similarity.needs_losses:
             raise ValueError(
                 f"ExpertGrowth.similarity={self.similarity} compares losses on seed data, of which growth has none; "

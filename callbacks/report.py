@@ -2,15 +2,20 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule
 from upit.artefacts import Run
-from upit.distributed import rank
+from upit.checkpoints import config_of, read_identity, read_weights
+from upit.distributed import broadcast, rank
 from upit.export import export_model, model_card
 from upit.files import write_json
 from upit.report import print_report
@@ -24,10 +29,15 @@ class RunReport(Callback):
     ``moe`` (right before) and ``growth`` (right after), and ``final``.
 
     Args:
-        export: write the final model to ``<run>/export`` in stock transformers format.
+        export: which weights to write to ``<run>/export`` in stock transformers format. "last": those at the end of
+            the fit. "best": those of the best checkpoint of the ``ModelCheckpoint`` that monitors a metric of the last
+            phase, such as ``moe/val_loss``. "none": no export.
+    Raises: ValueError: another value, or in ``setup``: "best" without such a ``ModelCheckpoint``.
     """
 
-    def __init__(self, export: bool = True) -> None:
+    def __init__(self, export: Literal["last", "best", "none"] = "last") -> None:
+        if export not in ("last", "best", "none"):
+            raise ValueError(f"RunReport.export={export!r} must be last, best or none")
         self.export = export
         self.report: dict[str, Any] = {
             "stages": {}, "num_experts": None, "top_k": None, "seed_counts": [], "wall_seconds": {},
@@ -36,6 +46,8 @@ class RunReport(Callback):
     @override
     def setup(self, trainer, pl_module, stage: str) -> None:
         self.run = Path(trainer.default_root_dir)
+        if stage == "fit" and self.export == "best":
+            self.ranking = _ranking(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:
@@ -73,9 +85,11 @@ class RunReport(Callback):
 
     @override
     def on_train_end(self, trainer, pl_module) -> None:
+        if pl_module.owed_step is not None:  # not the end that was asked for, and the fit fails
+            return
         self._add_seconds("post_training" if pl_module.active.phase == "moe" else "dense")
         self._score(trainer, pl_module, "final" if pl_module.active.phase == "moe" else "dense")
-        if self.export:
+        if self.export != "none":
             self._export(trainer, pl_module)
         if rank() == 0:
             self.report["finished"] = True
@@ -100,22 +114,45 @@ class RunReport(Callback):
             write_json(self.run / "report.json", self.report)
 
     def _export(self, trainer, module) -> None:
-        """Gather the model one tensor at a time (every rank takes part), write it on rank 0."""
+        best = self._best() if self.export == "best" else None
+        weights = {} if best else self._gathered(module)
+        if rank() > 0:
+            return
+        config, identity = module.lm.config, module.identity() | {"global_step": trainer.global_step}
+        if best:
+            identity, weights = read_identity(best["checkpoint"]), read_weights(best["checkpoint"])
+            config = config_of(identity)
+        output = self.run / "export"
+        if output.exists():  # a resumed run exports again, beside
+            output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
+        about = {"directory": output.name, "weights": "best" if best else "last", "step": identity["global_step"]}
+        self.report["export"] = about | (best or {})
+        card = model_card(identity, self.run, name=output.name, weights=self.report["export"])
+        generation = identity.get("generation")
+        export_model(config, weights, trainer.datamodule.tokenizer, output, card=card, generation=generation)
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best checkpoint and what it was chosen by; None where there is none. A collective."""
+        ranking = self.ranking
+        path = ranking.best_model_path
+        if broadcast(bool(path) and Path(path).exists()):
+            score = float(torch.as_tensor(ranking.best_model_score))
+            return {"checkpoint": path, "monitor": ranking.monitor, "value": score}
+        rank_zero_warn(
+            f"RunReport.export=best: ModelCheckpoint(monitor={ranking.monitor!r}) has saved no checkpoint, or it was "
+            "removed. The last weights are exported"
+        )
+        return None
+
+    def _gathered(self, module) -> dict[str, Tensor]:
+        """The weights in use, on rank 0; a collective, one tensor at a time."""
         weights = {}
         params = list(module.lm.named_parameters())
         for name, param in tqdm(params, "Collecting weights", leave=False, disable=rank() > 0):
             whole = full(param)
             if rank() == 0:
                 weights[name] = whole.cpu()
-        if rank() > 0:
-            return
-        output = self.run / "export"
-        if output.exists():  # a resumed run exports again, beside
-            output = next(p for i in range(2, 1000) if not (p := self.run / f"export-{i}").exists())
-        identity = module.identity() | {"global_step": trainer.global_step}
-        card = model_card(identity, self.run, name=output.name)
-        tokenizer, generation = trainer.datamodule.tokenizer, identity["generation"]
-        export_model(module.lm.config, weights, tokenizer, output, card=card, generation=generation)
+        return weights
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -124,3 +161,19 @@ class RunReport(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.report = state_dict["report"]
+
+
+def _ranking(trainer, module) -> ModelCheckpoint:
+    """The callback that ranks checkpoints by a metric of the last phase.
+
+    Raises: ValueError: there is none.
+    """
+    phase = module.phases[-1].phase
+    for callback in trainer.checkpoint_callbacks:
+        ranks = isinstance(callback, ModelCheckpoint) and callback.save_top_k
+        if ranks and (callback.monitor or "").startswith(f"{phase}/"):
+            return callback
+    raise ValueError(
+        "RunReport.export=best exports the best checkpoint of a ModelCheckpoint that monitors a metric of the "
+        f"{phase} phase, and trainer.callbacks has none: add one with monitor: {phase}/val_loss, or set export: last"
+    )

@@ -3,16 +3,20 @@
 from pathlib import Path
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
 from typing_extensions import override
 
-from callbacks.event import UpcyclingEvent, callback_of, follow_module, run_seed
+from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.harvest import ExpertHarvest
 from upit.artefacts import Run
 from upit.distributed import rank
 from upit.expansion import check_choices
 from upit.expert_sources import ExpertSource, Harvested
+from upit.families import is_expert
 from upit.merging import Merge
 from upit.non_experts import Last, NonExperts
+from upit.placement import borrowed
+from upit.pool import Expert
 from upit.router_init import RouterInit, RoutingVectors
 from upit.scoring import SeedScorer
 from upit.seed_data import Assignment, LowestPerplexity, draw_seed
@@ -71,8 +75,7 @@ class Upcycling(UpcyclingEvent):
         seed: int | None = None,
         expansion_device: str | None = None,
     ) -> None:
-        own_seed = run_seed() if seed is None else seed
-        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, own_seed, expansion_device)
+        super().__init__(at_epoch, at_step, merge, parents, similarity, drift_examples, seed, expansion_device)
         if not 0.0 < seed_fraction <= 1.0:
             raise ValueError(f"seed_fraction={seed_fraction} must lie in (0, 1]")
         self.source = source or Harvested()
@@ -116,7 +119,7 @@ class Upcycling(UpcyclingEvent):
         if trainer.fast_dev_run:
             self.harvest.at_steps = list(range(1, step + 1))
             self.seed_fraction = min(1.0, 2 * num_experts / len(trainer.datamodule.train_set))
-        points = self.harvest.points(until=step, steps_per_epoch=module.steps_per_epoch())
+        points = self.harvest.plan(module, epochs=self.epochs(trainer, module))
         if not points:
             raise ValueError(f"{self.when} (step {step}) comes before the first harvest; harvest earlier")
         available = self.source.count(len(points), num_experts)
@@ -144,7 +147,20 @@ class Upcycling(UpcyclingEvent):
 
     @override
     def change(self, trainer, module) -> None:
-        """Expand, score the seed data, initialise the router, swap."""
+        """Expand, score the seed data, initialise the router, swap; else leave the dense model as it was."""
+        with borrowed(module.lm, keep=self._overwritten) as loan:
+            experts, router_DEH = self._prepare(trainer, module)
+            with self.timed("swap"):
+                module.upcycle(experts, router_DEH)
+                loan.forfeit()
+                follow_module(trainer)
+
+    def _overwritten(self, name: str) -> bool:
+        """Whether the stages before the swap may overwrite a parameter of the dense model."""
+        return self.non_experts.overwrites or is_expert(name)
+
+    def _prepare(self, trainer, module) -> tuple[list[Expert], Tensor]:
+        """The experts and the router of the MoE."""
         run = Path(trainer.default_root_dir) / "upcycling"
         data, dense = trainer.datamodule, module.lm
         with self.timed("expansion"):
@@ -174,7 +190,7 @@ class Upcycling(UpcyclingEvent):
                 self.expansion.experts, self.assignment, seed=self.seed, track=self.bar("Scoring seed data")
             )
         with self.timed("router_initialisation"):
-            experts, router_DEH = self.router(
+            return self.router(
                 dense,
                 self.expansion.experts,
                 self.seeds,
@@ -184,6 +200,3 @@ class Upcycling(UpcyclingEvent):
                 autocast=module.autocast,
                 track=self.bar("Initialising the router"),
             )
-        with self.timed("swap"):
-            module.upcycle(experts, router_DEH)
-            follow_module(trainer)

@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +29,11 @@ from datamodules.packing import Rows, group_by_length, pack
 from datamodules.split import Split, chosen_examples, domain_name, split_by_content, split_given
 from datamodules.table import INDEX, Examples, TableWriter
 from datamodules.tokenising import tokenised
+from upit.checkpoints import read_identity
 from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
 from upit.files import digest, read_json, write_json
+from upit.run_seed import run_seed
+from upit.verifiers import Exact, Verifier
 
 PAD_MULTIPLE = 64
 CACHE_VERSION = 4  # raised when the same source gives other examples than before
@@ -52,6 +56,10 @@ class ConversationDataModule(L.LightningDataModule):
         seed: of all that makes the data: questions, split, and what is packed or grouped together.
         order_seed: of the order of the rows, another in each epoch; default the run's ``seed_everything``, so that
             runs of several seeds see the same data in other orders.
+        verifiers: judges a domain's answers, by the domain's name, or ``default``; null turns scoring off for a domain
+            of free text. Default: equal up to white space.
+        score_examples: held-out examples of a domain whose answers are generated and verified; default all, 0 none.
+            The loss is always over all.
         cache_dir: where tokenised data is kept under a fingerprint of all it depends on.
         order: ``shuffled``; ``domain_blocks``: one domain after the other, each once an epoch; or ``drifting``: the
             domains' shares of the mixture rise and fall linearly, one peak after the other. See
@@ -76,6 +84,8 @@ class ConversationDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         order_seed: int | None = None,
+        verifiers: dict[str, Verifier | None] | None = None,
+        score_examples: int | None = None,
         cache_dir: str = ".cache/upit",
         order: Literal["shuffled", "domain_blocks", "drifting"] = "shuffled",
         drift_floor: float = 0.2,
@@ -84,6 +94,8 @@ class ConversationDataModule(L.LightningDataModule):
         num_processes: int | None = None,
     ) -> None:
         super().__init__()
+        if score_examples is not None:
+            check_at_least(0, score_examples=score_examples)
         check_at_least(1, max_length=max_length, batch_size=batch_size, eval_batch_tokens=eval_batch_tokens)
         check_at_least(1, num_processes=1 if num_processes is None else num_processes)
         if order not in ORDERS:
@@ -103,19 +115,26 @@ class ConversationDataModule(L.LightningDataModule):
         self.predict_file = predict_file
         self.num_workers = num_workers
         self.seed = seed
-        self.order_seed = order_seed
+        self._order_seed = order_seed
         self.cache_dir = Path(cache_dir)
         self.order = order
         self.drift_floor = drift_floor
         self.domain_weights = domain_weights or {}
         self.domain_caps = domain_caps or {}
         self.num_processes = num_processes
+        self.verifiers = {domain_name(name): own for name, own in {"default": Exact(), **(verifiers or {})}.items()}
+        self.score_examples = score_examples
         self.tokenizer: Any = None
         self.invalid = "refuse"  # what is done about conversations that the template refuses
         self.dropped = {"train": Dropped(), "heldout": Dropped()}  # conversations left out before tokenising
         self._folder: Path | None = None
         self._domain_names: dict[str, str] = {}  # as in tags: as in the data
         self._made_rows: tuple[int, Rows] | None = None
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the rows; the run's where none was given."""
+        return run_seed() if self._order_seed is None else self._order_seed
 
     @abstractmethod
     def source_key(self) -> dict[str, Any]:
@@ -153,8 +172,20 @@ class ConversationDataModule(L.LightningDataModule):
         return f"the chat template {given!r}" if "{" not in given else "the chat template in data.chat_template"
 
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
-        """Whether a completion answers an example: equal up to white space."""
-        return completion.split() == example["answer"].split()
+        """Whether a completion answers an example, by its domain's verifier."""
+        verifier = self.verifiers.get(example.get("domain"), self.verifiers["default"])
+        return verifier is not None and verifier(example, completion)
+
+    def scored_examples(self) -> list[int]:
+        """Held-out examples whose answers are generated and verified."""
+        chosen, taken = [], Counter[str]()
+        for i, number in enumerate(self.heldout_set.domain_ids.tolist()):
+            domain = self.heldout_set.domain_names[number]
+            scored = self.verifiers.get(domain, self.verifiers["default"]) is not None
+            if scored and (self.score_examples is None or taken[domain] < self.score_examples):
+                chosen.append(i)
+                taken[domain] += 1
+        return chosen
 
     def identity(self) -> dict[str, Any]:
         """All that a resumed run must find again, in plain types; complete once the data is set up."""
@@ -170,7 +201,7 @@ class ConversationDataModule(L.LightningDataModule):
             "order": self.order,
             "drift_floor": self.drift_floor if self.order == "drifting" else None,
             "seed": self.seed,
-            "order_seed": self._order_seed,
+            "order_seed": self.order_seed,
             "eval_batch_tokens": self.eval_batch_tokens,
         }
 
@@ -179,7 +210,26 @@ class ConversationDataModule(L.LightningDataModule):
     @property
     def folder(self) -> Path:
         """The cache's entry: named by all that it depends on."""
-        return self._folder or self.cache_dir / self._key()
+        return self._folder or self._entry()
+
+    def _entry(self) -> Path:
+        try:
+            return self.cache_dir / self._key()
+        except FileNotFoundError as error:
+            entry = self._trained_on()
+            if entry is None or not is_whole(entry):
+                raise
+            warnings.warn(
+                f"{error}; the scores are of the data that the checkpoint's run prepared, {entry}", stacklevel=2
+            )
+            return entry
+
+    def _trained_on(self) -> Path | None:
+        """The cache's entry that the checkpoint was trained on, in a test or a validation of one."""
+        if self.trainer is None or self.trainer.state.fn not in ("test", "validate") or not self.trainer.ckpt_path:
+            return None
+        content = (read_identity(self.trainer.ckpt_path).get("settings") or {}).get("data.content")
+        return self.cache_dir / content if content else None
 
     def _key(self) -> str:
         return digest([CACHE_VERSION, self.source_key(), self.max_length])[:20]
@@ -188,7 +238,7 @@ class ConversationDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         if self._predicts and self.prompt_tokenizer() is not None:
             return
-        self._folder = self.cache_dir / self._key()
+        self._folder = self._entry()
         if is_whole(self._folder, digests=True):
             return
         waiting = f"{self._folder}: another process is preparing this data; waiting for it"
@@ -266,7 +316,6 @@ class ConversationDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self._order_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.order_seed is None else self.order_seed
         if self.tokenizer is not None:
             return
         if stage == "predict" and (tokenizer := self.prompt_tokenizer()) is not None:
@@ -291,6 +340,8 @@ class ConversationDataModule(L.LightningDataModule):
             )
             self.heldout_set = Examples(self._folder, index["heldout"], **about)
         self.domains = sorted(names[i] for i in np.unique(self.heldout_set.domain_ids))
+        if unknown := sorted(self.verifiers.keys() - {"default", *self.domains}):
+            raise ValueError(f"data.verifiers names {unknown}, but the data's domains are {self.domains}")
         self._warn()
         self.longest_example = int(self.train_set.lengths.max())  # one for all batches
 
@@ -394,11 +445,11 @@ class ConversationDataModule(L.LightningDataModule):
 
     def _order_of(self, rows: Rows) -> Order:
         if self.order == "shuffled":
-            return Shuffled(len(rows), self._order_seed)
+            return Shuffled(len(rows), self.order_seed)
         domains = self.train_set.domain_ids[rows.places[np.concatenate([[0], rows.ends[:-1]])]]
         if self.order == "drifting":
-            return Drifting(domains, self._order_seed, floor=self.drift_floor)
-        return DomainBlocks(domains, self._order_seed, batch_rows=self.batch_size if self.packing else 1)
+            return Drifting(domains, self.order_seed, floor=self.drift_floor)
+        return DomainBlocks(domains, self.order_seed, batch_rows=self.batch_size if self.packing else 1)
 
     # --- loaders -------------------------------------------------------------------------------------
 

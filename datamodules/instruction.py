@@ -1,5 +1,6 @@
 """Instruction data from files or from a dataset's name."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ class InstructionDataModule(ConversationDataModule):
         roles: the data's role names to ours, e.g. ``{bot: assistant}``.
         message_keys: a message's keys, e.g. ``{role: speaker, content: text}``.
         domain_column: names each row's domain.
+        metadata_column: what a domain's verifier needs besides the answer, e.g. the tests of a program.
         invalid: ``refuse`` stops at a conversation that can't be trained on, and names file and row; ``drop`` leaves
             such conversations out, and counts them by reason.
         chat_template: Jinja text, a file, or a name, see :func:`upit.sources.set_chat_template`; default the
@@ -61,6 +63,7 @@ class InstructionDataModule(ConversationDataModule):
         roles: dict[str, str] | None = None,
         message_keys: dict[str, str] | None = None,
         domain_column: str | None = None,
+        metadata_column: str | None = None,
         invalid: Literal["refuse", "drop"] = "refuse",
         chat_template: str | None = None,
         trust_remote_code: bool = False,
@@ -91,6 +94,7 @@ class InstructionDataModule(ConversationDataModule):
         self.heldout_fraction = heldout_fraction
         self.forms = Forms(format, messages_column, prompt_column, response_column, roles or {}, message_keys or {})
         self.domain_column = domain_column
+        self.metadata_column = metadata_column
         self.invalid = invalid
         self.template_source = chat_template
         self.chat_template = chat_template and template_text(chat_template)
@@ -103,7 +107,7 @@ class InstructionDataModule(ConversationDataModule):
             "heldout_files": self._digests(self.heldout_files, "data.heldout_files"),
             "dataset": [content_key(self.dataset), self.configuration, self.revision, self.split],
             "heldout": [self.heldout_files, self.heldout_fraction, self.seed],
-            "forms": [vars(self.forms), self.domain_column, self.invalid],
+            "forms": [vars(self.forms), self.domain_column, self.metadata_column, self.invalid],
             "tokenizer": [content_key(self.tokenizer_source), self.chat_template],
         }
 
@@ -179,16 +183,18 @@ class InstructionDataModule(ConversationDataModule):
                 dropped.add(str(error).partition("; got ")[0], where)
                 continue
             kept += 1
-            named = str(self._domain(record, source)) if self.domain_column else domain
-            yield {"id": f"{source}:{number}", "domain": named, "metadata": "", **conversation}
+            named = str(self._column(record, "domain_column", source)) if self.domain_column else domain
+            metadata = self._column(record, "metadata_column", source) if self.metadata_column else ""
+            if not isinstance(metadata, str):
+                metadata = json.dumps(metadata)
+            yield {"id": f"{source}:{number}", "domain": named, "metadata": metadata, **conversation}
         if not count:
             raise ValueError(f"{source} holds no examples")
         if not kept:
             raise ValueError(f"all {count} examples of {source} are dropped: {dropped}")
 
-    def _domain(self, record: Mapping[str, Any], source: str) -> Any:
-        if self.domain_column not in record:
-            raise ValueError(
-                f"{source} has no column {self.domain_column!r}, only {sorted(record)}; set data.domain_column"
-            )
-        return record[self.domain_column]
+    def _column(self, record: Mapping[str, Any], field: str, source: str) -> Any:
+        column = getattr(self, field)
+        if column not in record:
+            raise ValueError(f"{source} has no column {column!r}, only {sorted(record)}; set data.{field}")
+        return record[column]

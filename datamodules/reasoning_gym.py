@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,7 +34,9 @@ class ReasoningGymDataModule(ConversationDataModule):
         chat_template: as in :class:`InstructionDataModule`; default ChatML for a trained tokenizer.
         system_prompt: first message of every conversation; of a prompt to answer too, unless it has its own.
         trust_remote_code: allow tokenizer code that comes with the files.
-    Raises: ValueError: an unknown family, one without reference answers, or one with too few distinct questions.
+    Raises:
+        ImportError: reasoning-gym is not installed; ``pip install "upit[demo]"``.
+        ValueError: an unknown family, one without reference answers, or one with too few distinct questions.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class ReasoningGymDataModule(ConversationDataModule):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        if find_spec("reasoning_gym") is None:
+            raise ImportError('ReasoningGymDataModule needs reasoning-gym, an extra: pip install "upit[demo]"')
         if not families or not all(families.values()):
             raise ValueError(f"data.families={families!r}: every domain needs a family")
         check_at_least(1, train_size=train_size, heldout_size=heldout_size)
@@ -139,7 +144,9 @@ class ReasoningGymDataModule(ConversationDataModule):
 
     @override
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
-        """The family's own verifier, on the very entry that the example came from."""
+        """By the domain's verifier, else by the family's own, on the entry that the example came from."""
+        if example["domain"] in self.verifiers:
+            return super().verify(example, completion)
         family, *numbers = example["metadata"].split(":")
         seed, size, index = map(int, numbers)  # the size too: some families' entries depend on it
         families = next(own for name, own in self.families.items() if domain_name(name) == example["domain"])

@@ -2,30 +2,39 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_modules import horizon
+from lightning_modules import horizon, resume
+from lightning_modules.accumulation import TokenWindow
 from lightning_modules.evaluated import EvaluatedModule
-from lightning_modules.monitors import check_monitors
-from lightning_modules.optimizers import AdamW, adamw
+from lightning_modules.monitors import PhaseCheckpoints, check_monitors, check_supported, declared
+from lightning_modules.optimizers import AdamW, adamw, take_settings
 from lightning_modules.progress import settle
+from lightning_modules.stops import stop
+from lightning_modules.strategies import check_strategy
 from upit.checkpoints import IDENTITY, identity_of, read_identity
-from upit.distributed import all_sum, world_size
+from upit.distributed import all_sum, gathered, world_size
 from upit.examples import IGNORE, Batch
+from upit.finite import FiniteWatch, not_finite
 from upit.forward import Body, body_states, response_loss
 from upit.graphs import GraphedBody, check_capturable
 from upit.metrics import WeightedMeans
 from upit.models import rebuild
 from upit.sharding import shard
 
+SETTINGS = "settings"  # of the run, in the identity; see lightning_modules.resume
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
+WINDOW = "upit_window"  # of gradient accumulation, in checkpoints that are saved within one
 
 
 class CausalLMModule(EvaluatedModule):
@@ -85,7 +94,14 @@ class CausalLMModule(EvaluatedModule):
         self.trust_remote_code = trust_remote_code
         self.body: Body = body_states  # of training steps
         self.swap_step: int | None = None
+        self.growth_step: int | None = None
+        self._settings: resume.Record | None = None  # of this fit
+        self._checkpoints = PhaseCheckpoints()
+        self._changed = False  # since the checkpoint that this fit goes on from
         self._set_aside: list[torch.optim.Optimizer] = []
+        self._window = TokenWindow()
+        self._watch = FiniteWatch(lambda name, step: stop(self, f"the {name}", step))
+        self._resumed_window: dict[str, Any] | None = None  # of a checkpoint that was saved within a window
         self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
     # --- the phase -----------------------------------------------------------------------------------
@@ -103,9 +119,18 @@ class CausalLMModule(EvaluatedModule):
                 "use lightning_modules.UpITModule for both, or the module of that phase"
             )
 
+    @property
+    def owed_step(self) -> int | None:
+        """Optimizer step of an upcycling or growth that is planned and has not happened yet."""
+        return None
+
     @abstractmethod
     def objective(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Training loss of a batch, the terms to log, and their weight: the response tokens of a rank, on average."""
+        """Training loss of a batch, the terms to log, and their weight.
+
+        The weight is the number of response tokens, the mean of the ranks' counts. Under gradient accumulation a
+        batch counts in the optimizer step by the same weight.
+        """
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
@@ -118,12 +143,22 @@ class CausalLMModule(EvaluatedModule):
         return {"train/loss", *(f"{self.phase}/{name}" for name in self.means.names)}
 
     @override
+    def configure_callbacks(self) -> Any:
+        if self.trainer.state.fn == TrainerFn.FITTING:  # the one hook before those of the callbacks
+            check_supported(self.trainer)
+        return super().configure_callbacks()
+
+    @override
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer)
         if stage == "fit":
             if any(phase.cuda_graphs for phase in self.phases):
                 self._check_graphs()
             horizon.check_validation(self.trainer)
             check_monitors(self, self.trainer)
+            self._settings, self._changed = resume.record(self, self.trainer), False
+            if self.resumed is not None:  # on the command line; else the checkpoint is known when it is loaded
+                self._changes_since(self.resumed, self.resumed["global_step"])
 
     def _check_graphs(self) -> None:
         """Raises: ValueError: the run is none that CUDA graphs can hold."""
@@ -154,11 +189,10 @@ class CausalLMModule(EvaluatedModule):
         if identity is not None:
             self.enter(identity)
         self.active.model = rebuild(identity) if identity else self.active.load()
-        self.active.finish(self.trainer)
+        self.active.finish(self.trainer, self.lm)
 
-    def finish(self, trainer: L.Trainer) -> None:
+    def finish(self, trainer: L.Trainer, model: PreTrainedModel) -> None:
         """Shard and compile a model that was just built, and put it in training mode."""
-        model = self.lm
         if isinstance(trainer.strategy, ModelParallelStrategy):
             shard(model, trainer.strategy.device_mesh["data_parallel"])
         if self.gradient_checkpointing:
@@ -179,18 +213,28 @@ class CausalLMModule(EvaluatedModule):
     # --- steps ---------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # the loggers' step, which Lightning may count once too often after a resume
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
-
-    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.compiler.set_stance("default"):
             loss, terms, tokens = self.active.objective(batch)
+        self._watch.add("loss", self.trainer.global_step + 1, loss)
         self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
+        if self._accumulates:
+            self._window.add(tokens, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
         if self._is_logged(batch_idx):
             self._log_means()
         return loss
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.trainer.accumulate_grad_batches > 1
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._accumulates:
+            super().backward(loss, *args, **kwargs)
+            return
+        super().backward(loss * self._window.weight, *args, **kwargs)
+        self._window.added()
 
     def _is_logged(self, batch_idx: int) -> bool:
         """Whether a batch is the last of an optimizer step that ``trainer.log_every_n_steps`` picks."""
@@ -204,11 +248,15 @@ class CausalLMModule(EvaluatedModule):
 
         To the loggers directly: Lightning would log the dense phase's last value again with every value of the MoE's.
         """
+        self._watch.settle()
         means = self.active.means.compute()
+        if not means:  # no response token since the last logged step
+            return
         self.active.means.reset()
         values = {"train/loss": means["lm_loss"]} | {f"{self.active.phase}/{name}": m for name, m in means.items()}
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "train/loss", logger=False)
+        self._checkpoints.release(values)
         numbers = {name: float(value) for name, value in values.items()}
         for logger in self.loggers:
             logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.global_step)
@@ -217,13 +265,15 @@ class CausalLMModule(EvaluatedModule):
     def lm_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of the response tokens, and how many they are.
 
-        Both so that means over the ranks are right: the count is the mean of the ranks' counts, and the mean of the
-        losses is that of all the ranks' tokens.
+        The count is the mean of the ranks' counts, and the loss is divided by it: the mean of the ranks' losses is
+        then the mean over all their tokens. Without a response token on any rank the loss is 0.
         """
         loss, targets_L = response_loss(self.lm, batch, body=self.body)
-        count = all_sum((targets_L != IGNORE).sum(dtype=torch.float32)) / world_size()
-        count = count.clamp(min=1.0)
-        return loss / count, count
+        count = (targets_L != IGNORE).sum(dtype=torch.float32)
+        if world_size() > 1:  # a loss that is not finite on one rank becomes so on all, and they stop together
+            count, total = all_sum(torch.stack([count, loss.detach()])) / world_size()
+            loss = loss + 0.0 * total
+        return loss / count.clamp(min=1 / world_size()), count
 
     # --- optimisation --------------------------------------------------------------------------------
 
@@ -234,6 +284,15 @@ class CausalLMModule(EvaluatedModule):
     def total_steps(self) -> int:
         """Optimizer steps of the whole fit."""
         return horizon.total_steps(self.trainer)
+
+    def milestones(self) -> list[str]:
+        """What happens at which optimizer step of the fit, in words; each is one of its first lines."""
+        return []
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.trainer.is_global_zero:
+            print("\n".join([horizon.described(self.trainer), *self.milestones()]), flush=True)
 
     def phase_steps(self) -> int:
         """Optimizer steps of the active phase: the horizon of its learning-rate schedule."""
@@ -257,6 +316,25 @@ class CausalLMModule(EvaluatedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Called once a window of micro-batches, at its last: the closure runs that one."""
+
+        def closure() -> Any:
+            assert optimizer_closure is not None
+            loss = optimizer_closure()
+            self._window.scale(self, divided_by=self.trainer.accumulate_grad_batches)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure if self._accumulates else optimizer_closure)
+        self._window.close()
+
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -266,15 +344,94 @@ class CausalLMModule(EvaluatedModule):
         norm = gradient_clip_val if gradient_clip_algorithm in (None, "norm") else None
         unsharded = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         if norm and unsharded and isinstance(optimizer, AdamW) and optimizer.clips:
-            optimizer.clip(norm)
+            total = optimizer.clip(norm)
+            if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # float16's scaler skips such steps
+                self._watch.add("gradients' norm", self.trainer.global_step + 1, total)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # --- numbers that are not finite -----------------------------------------------------------------
+
+    def check_finite(self) -> None:
+        """Check the training losses and the gradients' norms so far, and the weights; waits for them. A collective.
+
+        Called before anything is made of the model: a checkpoint, a harvest, a validation, the next model.
+
+        Raises: NotFiniteError: one is NaN or infinite.
+        """
+        self._watch.settle()
+        names = sorted(set().union(*gathered(not_finite(dict(self.lm.named_parameters())))))
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            stop(self, f"the weight {names[0]!r}{more} at the end", self.trainer.global_step)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_finite()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.check_finite()  # before callbacks export the model at the end of the fit
+
+    # --- resuming ------------------------------------------------------------------------------------
+
+    def _changes_since(self, identity: dict[str, Any], step: int) -> list[resume.Change]:
+        """Settings that differ from those of a checkpoint.
+
+        Raises: ValueError: one of them can't be changed; see :data:`lightning_modules.resume.RULES`.
+        """
+        if identity.get(SETTINGS) is None or self._settings is None:
+            raise ValueError(
+                "the checkpoint does not say under which settings it was trained: an older upit wrote it, or it was "
+                "not saved in a fit. Use it for validate, test, predict and export, and start the fit anew"
+            )
+        changes = resume.changes(self._settings, identity[SETTINGS])
+        resume.check(changes, resume.Point.of(self, self.trainer, identity, step))
+        return changes
+
+    def _go_on_from(self, checkpoint: dict[str, Any]) -> None:
+        """Take what differs from the checkpoint's settings, and say so."""
+        changes = self._changes_since(checkpoint[IDENTITY], checkpoint["global_step"])
+        changes += resume.adapt_callbacks(self.trainer, checkpoint.get("callbacks", {}), self.trainer.ckpt_path)
+        self._changed = bool(changes)
+        for change in changes:
+            rank_zero_info(f"resumed with {change}")
+
+    @override
+    def on_train_start(self) -> None:
+        self._checkpoints.hold(self.trainer)
+        if self._changed:  # the optimizer has the checkpoint's settings by now
+            fresh = self.active.optimizers_for(self.phase_steps())
+            (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+            take_settings(optimizer, schedule.scheduler, fresh["optimizer"], fresh["lr_scheduler"]["scheduler"])
+        if self._resumed_window is not None:
+            self._window.load_state_dict(self._resumed_window, self)
+            self._resumed_window = None
+
+    # --- checkpoints by a metric ---------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # the loggers' step, which Lightning may count once too often after a resume
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        # metrics that callbacks log whenever they like
+        if self._checkpoints.awaited & declared(self.trainer, self.active.phase):
+            self._checkpoints.release(declared(self.trainer, self.active.phase) & self.trainer.callback_metrics.keys())
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            names = self.active.validation_metrics() | declared(self.trainer, self.active.phase)
+            self._checkpoints.release(names)
 
     # --- the end of a fit ----------------------------------------------------------------------------
     # Lightning then moves optimizer and model to the host, which takes seconds, in vain if it is the last fit
 
     @override
     def on_train_end(self) -> None:
+        self._checkpoints.release(self._checkpoints.awaited)
         if self.last_fit:
             self._set_aside, self.trainer.strategy.optimizers = self.trainer.strategy.optimizers, []
 
@@ -294,18 +451,41 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[IDENTITY] = self.identity()
+        self.check_finite()
+        checkpoint[IDENTITY] = self.identity() | {SETTINGS: self._settings}
         checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
         if self.trainer.state.fn == "fit":
             settle(checkpoint["loops"]["fit_loop"], self.trainer)
+        if self._window.is_open and "optimizer_states" in checkpoint:
+            accumulate = self.trainer.accumulate_grad_batches
+            checkpoint[WINDOW] = {"accumulate": accumulate, **self._window.state_dict(self)}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if IDENTITY not in checkpoint:
             raise ValueError("the checkpoint does not say which model it holds: no checkpoint of a upit module")
+        if "hyper_parameters" in checkpoint:
+            rank_zero_warn("the checkpoint's hyper_parameters are ignored: upit writes none, and the config decides")
         self.enter(checkpoint[IDENTITY])
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._go_on_from(checkpoint)
         if self.active.model is None:
             self.active.model = rebuild(checkpoint[IDENTITY])
             if self._trainer is not None:
-                self.active.finish(self._trainer)
+                self.active.finish(self._trainer, self.lm)
         self.active.means.restore(checkpoint.get(MEANS, {}))
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_window = self._checked_window(checkpoint.get(WINDOW))
+
+    def _checked_window(self, window: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Raises: ValueError: the checkpoint's pending gradients can't be restored."""
+        if window is None:
+            return None
+        if self.trainer.world_size > 1 or window["gradients"] is None:
+            raise ValueError(
+                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {window['accumulate']} batches of an "
+                "optimizer step, and its pending gradients can't be restored: that takes one process, and no "
+                "interruption within a batch. Resume from another checkpoint, and set trainer.val_check_interval to a "
+                "multiple of accumulate_grad_batches"
+            )
+        return window

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
+from upit.distributed import broadcast
 from upit.examples import Batch
 from upit.metrics import WeightedMeans
-from upit.models import build, check_tokenizer, load_pretrained, read_config, scratch_config
+from upit.models import check_tokenizer, from_scratch, load_pretrained, read_config, scratch_config
 
 
 class DenseModule(CausalLMModule):
@@ -18,7 +20,8 @@ class DenseModule(CausalLMModule):
     Args:
         model: a local directory, a hub id, a ``.gguf`` file or ``package://NAME/FILE.gguf``; None to train from
             scratch.
-        config: fields of ``LlamaConfig`` for a model from scratch (its vocabulary is the tokenizer's).
+        config: fields of ``LlamaConfig`` for a model from scratch (its vocabulary is the tokenizer's). One
+            ``seed_everything`` gives the same weights on every device and in any number of processes.
     Raises: ValueError: not exactly one of ``model`` and ``config`` is given.
     """
 
@@ -41,7 +44,8 @@ class DenseModule(CausalLMModule):
     @override
     def load(self) -> PreTrainedModel:
         if self.config is not None:
-            return build(self.architecture())
+            # the run's seed, whatever was drawn since
+            return from_scratch(self.architecture(), seed=broadcast(torch.initial_seed()))
         model = load_pretrained(str(self.source), trust_remote_code=self.trust_remote_code)
         check_tokenizer(model.config, self.trainer.datamodule.tokenizer, source=str(self.source))
         return model

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from upit.distributed import world_size
 from upit.evaluation import Scores, evaluate, summed_answers, summed_losses
-from upit.examples import Batch
+from upit.examples import PADDING, Batch
 from upit.generation import answer_column, greedy_answers
 from upit.metrics import WeightedMeans
 
@@ -83,13 +84,16 @@ class EvaluatedModule(L.LightningModule):
         domains = self.trainer.datamodule.domains
         names = [f"{metric}/{name}" for metric in ("loss", "exact_match") for name in domains]
         self.heldout = WeightedMeans(names).to(self.device)
+        self.scored = set(self.trainer.datamodule.scored_examples())
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         data = self.trainer.datamodule
         losses_2C = torch.stack(summed_losses(self.lm, batch, data))
-        indices = batch["example_ids"][:, 0].tolist()
-        answers = summed_answers(self.lm, indices, data, max_new_tokens=self.active.max_new_tokens)
+        asked = [i for i in batch["example_ids"][:, 0].tolist() if i in self.scored]
+        if self.scored and world_size() > 1:
+            asked = asked or [PADDING]  # the ranks generate in step
+        answers = summed_answers(self.lm, asked, data, max_new_tokens=self.active.max_new_tokens)
         self.heldout.update(*torch.cat([losses_2C, torch.stack(answers).to(losses_2C)], dim=1))
 
     @override

@@ -49,6 +49,16 @@ def total_steps(trainer: L.Trainer) -> int:
     return int(min(by_epochs, math.inf if steps == -1 else steps))
 
 
+def described(trainer: L.Trainer) -> str:
+    """How much training data there is and how many optimizer steps it gives, as one line."""
+    data = trainer.datamodule
+    parts = [f"{len(data.train_set)} training examples"]
+    if hasattr(data, "rows"):  # a user's own data module may have none
+        parts.append(f"{len(data.rows)} {'packed rows' if data.packing else 'batches of similar length'}")
+    parts.append(f"{steps_per_epoch(trainer)} optimizer steps an epoch")
+    return ", ".join([*parts, f"{total_steps(trainer)} optimizer steps in all"])
+
+
 def check_validation(trainer: L.Trainer) -> None:
     """Raises: ValueError: trainer.val_check_interval is not positive, of which Lightning finds out in training."""
     if not _by_clock(trainer) and trainer.val_check_interval <= 0:

@@ -18,7 +18,9 @@ from upit.routers import last_routing
 class MoEModule(CausalLMModule):
     """Language-modelling loss plus losses that keep the router in balance (arXiv:2410.01610, stage 4).
 
-    Padding counts for none of them.
+    Padding counts for none of them. Under gradient accumulation the language-modelling loss of an optimizer step is
+    the mean over all its response tokens. The balance and z losses are those of each micro-batch, weighted by its
+    response tokens (ours): a larger micro-batch is balanced over more tokens.
 
     Balancing without a loss, by a bias on each expert's score (arXiv:2408.15664), is not offered: the routers of the
     MoE families in stock transformers that a dense model upcycles to have no such bias, so no export could hold it.

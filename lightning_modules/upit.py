@@ -18,6 +18,8 @@ from upit.models import build, outline
 from upit.pool import Expert
 from upit.upcycling import upcycle
 
+SHOWN = 16  # harvest points in the first lines of a fit; ours
+
 
 class UpITModule(CausalLMModule):
     """Instruction-tunes ``dense``, then, once upcycled by ``callbacks.Upcycling``, post-trains ``moe``.
@@ -37,6 +39,7 @@ class UpITModule(CausalLMModule):
         self.dense = dense
         self.moe = moe
         self.phase = "dense"
+        self.harvest_steps: list[int] = []  # planned
         self.grown = False
         self.grown_experts: int | None = None  # planned
         self.growth_step: int | None = None  # planned, or where it was
@@ -102,25 +105,30 @@ class UpITModule(CausalLMModule):
     def upcycle(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Leave the dense phase: build the MoE as Lightning would have, fill it, drop the dense model."""
         config = moe_config(self.lm.config, num_experts=len(experts), top_k=self.moe.top_k)
-        self._become(config, experts, router_DEH)
+        self.moe.model = self._built(config, experts, router_DEH)
         self.dense.release()
         self.phase = "moe"
         self.swap_step = self.trainer.global_step
+        self._checkpoints.hold(self.trainer)
 
     def grow(self, experts: Sequence[Expert], router_DEH: Tensor) -> None:
         """Take a MoE with more experts in place of this one; everything else goes on from it."""
-        self._become(grown_config(self.lm.config, num_experts=len(experts)), experts, router_DEH)
+        config = grown_config(self.lm.config, num_experts=len(experts))
+        self.moe.model = self._built(config, experts, router_DEH)
         self.grown = True
         self.growth_step = self.trainer.global_step
+        self._checkpoints.hold(self.trainer)
 
-    def _become(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> None:
-        trainer, source = self.trainer, self.lm
+    def _built(self, config: PretrainedConfig, experts: Sequence[Expert], router_DEH: Tensor) -> PreTrainedModel:
+        """A MoE filled from the model in use; until it takes its place, checkpoints hold that one alone."""
+        trainer = self.trainer
         with trainer.strategy.tensor_init_context():
             model = build(config)
-        model.generation_config = copy(source.generation_config)  # for the export
-        self.moe.model = model.to(trainer.strategy.root_device)
-        self.moe.finish(trainer)
-        upcycle(self.moe.lm, source, experts, router_DEH)
+        model.generation_config = copy(self.lm.generation_config)  # for the export
+        model = model.to(trainer.strategy.root_device)
+        self.moe.finish(trainer, model)
+        upcycle(model, self.lm, experts, router_DEH)
+        return model
 
     @override
     def phase_steps(self) -> int:
@@ -129,6 +137,30 @@ class UpITModule(CausalLMModule):
         bounds = [0, *(min(step or total, total) for step in (self.swap_step, self.growth_step)), total]
         now = 0 if self.phase == "dense" else 1 + self.grown
         return bounds[now + 1] - bounds[now]
+
+    def plan_harvest(self, steps: Sequence[int]) -> None:
+        """Say at which optimizer steps experts are harvested."""
+        self.harvest_steps = list(steps)
+
+    @override
+    def milestones(self) -> list[str]:
+        said = []
+        if self.phase == "dense" and self.harvest_steps:
+            steps = list(map(str, self.harvest_steps))
+            shown = steps if len(steps) <= SHOWN else [*steps[: SHOWN - 1], "...", steps[-1]]
+            said.append(f"{len(steps)} harvest points, after steps {', '.join(shown)}")
+        if self.swap_step is not None:
+            said.append(f"swap after step {self.swap_step}")
+        if self.growth_step is not None:
+            said.append(f"growth after step {self.growth_step}")
+        return said
+
+    @property
+    @override
+    def owed_step(self) -> int | None:
+        if self.phase == "dense":
+            return self.swap_step
+        return None if self.grown else self.growth_step
 
     def plan_swap(self, step: int) -> None:
         """Say at which optimizer step the swap will be; the dense schedule ends there."""

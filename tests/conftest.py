@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -55,6 +56,12 @@ def data(make_data):
     module.prepare_data()
     module.setup("fit")
     return module
+
+
+@pytest.fixture
+def own_port(monkeypatch):
+    """For a fit that forks its processes: it would leave its port to the fits of later tests."""
+    monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))
 
 
 def make_module(**moe) -> UpITModule:

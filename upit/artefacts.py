@@ -10,11 +10,21 @@ import torch
 import yaml
 from torch import Tensor
 
-from upit.files import read_json, write_json
+from upit.files import Fields, FileError, as_nan, check_fields, read_json, write_json
 from upit.strategy import Strategy
 
 EVENTS = ("upcycling", "growth")  # each has a folder
 MEASURE = "upcycling.similarity"  # in the settings
+
+
+LINEAGE = {"expert": int, "kind": str}
+REPORT = {"seed_counts": list, "wall_seconds": dict}
+STAGE = {"step": int, "domains": dict}
+SEED = {"id": str, "domain": str, "perplexity": list, "expert": int}
+PILOT = {"step": int, "epoch": float, "domains": dict}
+DISTANCE = {"step": int, "epoch": float, "from_base": float, "from_previous": float}
+SWAP: Fields = {"step": int, "kl": (float, type(None)), "before": dict, "after": dict}
+ROUTING = {"step": int, "domains": list, "counts_DEC": list, "shuffled_D": list, "tokens": dict}
 
 
 class Run:
@@ -22,6 +32,7 @@ class Run:
 
     Args:
         directory: a run's folder, ``trainer.default_root_dir``.
+    Raises: FileError, on reading a file: it is damaged, or is not what upit writes; the message names it.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -34,7 +45,7 @@ class Run:
     @cached_property
     def lineages(self) -> list[list[dict[str, Any]]]:
         """Where each expert comes from, see :mod:`upit.expansion`: as upcycled and, where the MoE grew, as grown."""
-        return [found for event in EVENTS if (found := self._read(f"{event}/lineage.json"))]
+        return [found for event in EVENTS if (found := self._list(f"{event}/lineage.json", LINEAGE))]
 
     @property
     def lineage(self) -> list[dict[str, Any]] | None:
@@ -44,7 +55,7 @@ class Run:
     @cached_property
     def similarity(self) -> list[list[float]] | None:
         """How alike the experts of now were when the youngest was made, by the run's own measure."""
-        return self._read("growth/similarity.json") or self._read("upcycling/similarity.json")
+        return self._matrix("growth/similarity.json") or self._matrix("upcycling/similarity.json")
 
     @property
     def measure(self) -> dict[str, Any]:
@@ -58,43 +69,50 @@ class Run:
     @cached_property
     def seeds(self) -> dict[str, Any] | None:
         """Seed data: ``examples``, each with domain, perplexity per expert, and its expert."""
-        found = self._read("upcycling/seed_perplexity.json")
-        return found if found and "examples" in found else None
+        file = "upcycling/seed_perplexity.json"
+        found = self._read(file, dict)
+        if not found or "examples" not in found:
+            return None
+        self._check_list(found["examples"], SEED, file, "examples")
+        return found
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
         """Scores of the stages; see :class:`callbacks.RunReport`."""
-        found = self._read("report.json")
-        return found if found and found["stages"] else None
+        report = read_report(self.directory)
+        if not report or not report["stages"]:
+            return None
+        file = self.directory / "report.json"
+        check_fields(report, REPORT, file, "the report")
+        for name, stage in report["stages"].items():
+            check_fields(stage, STAGE, file, f"stages.{name}")
+        return report
 
     @cached_property
     def pilot(self) -> list[dict[str, Any]] | None:
         """Held-out scores of the checkpoints; see :func:`upit.pilot.score_checkpoints`."""
-        return self._read("upcycling/pilot.json")
+        scores = self._list("upcycling/pilot.json", PILOT)
+        return as_nan(scores) if scores else None
 
     @cached_property
     def distances(self) -> list[dict[str, Any]] | None:
         """How far the checkpoints travelled; see :func:`upit.pilot.distances`."""
-        return self._read("upcycling/distances.json")
+        return self._list("upcycling/distances.json", DISTANCE)
 
     @cached_property
     def swap(self) -> dict[str, Any] | None:
         """``{"step", "kl", "before": {domain: loss}, "after": {domain: loss}}``."""
-        return self._read("upcycling/swap.json")
+        return self._swap("upcycling/swap.json")
 
     @cached_property
     def growth(self) -> dict[str, Any] | None:
         """As ``swap``, of the later growth of the MoE."""
-        return self._read("growth/swap.json")
+        return self._swap("growth/swap.json")
 
     @cached_property
     def routing(self) -> list[dict[str, Any]]:
         """Snapshots of the routing by step: ``{"step", "domains", "counts_DEC", "shuffled_D", "tokens"}``."""
-        snapshots = [read_json(file) for file in sorted((self.directory / "routing").glob("step_*.json"))]
-        for snapshot in snapshots:
-            snapshot["counts_DEC"] = torch.tensor(snapshot["counts_DEC"])
-            snapshot["shuffled_D"] = torch.tensor(snapshot["shuffled_D"])
-        return snapshots
+        return [_routing_snapshot(file) for file in sorted((self.directory / "routing").glob("step_*.json"))]
 
     @cached_property
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
@@ -105,27 +123,25 @@ class Run:
         curves: dict[str, tuple[list[int], list[float]]] = {}
         earlier = sorted(self.directory.glob("metrics-*.csv"), key=lambda file: int(file.stem.rpartition("-")[2]))
         for file in [*earlier, *self.directory.glob("metrics.csv")]:
-            with file.open() as stream:
-                rows = list(csv.DictReader(stream))
-            _cut(curves, before=next((int(row["step"]) for row in rows if row.get("train/loss")), sys.maxsize))
-            for row in rows:
-                for name in row.keys() - {"step", "epoch"}:
-                    if row[name]:
-                        steps, values = curves.setdefault(name, ([], []))
-                        steps.append(int(row["step"]))
-                        values.append(float(row[name]))
+            try:
+                _add_curves(curves, file)
+            except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+                raise FileError(f"{str(file)!r} is not a table of metrics by step: {error!r}") from None
         return curves
 
     @cached_property
     def settings(self) -> dict[str, str | int | float | bool]:
         """The config in one flat table, with the choices left to their defaults where ``callbacks.HParams`` was on."""
-        return self._read("settings.json") or self.config
+        return self._read("settings.json", dict) or self.config
 
     @property
     def config(self) -> dict[str, str | int | float | bool]:
         """``config.yaml`` in one flat table; see :func:`flatten`."""
         file = self.directory / "config.yaml"
-        return flatten(yaml.safe_load(file.read_text())) if file.exists() else {}
+        try:
+            return flatten(yaml.safe_load(file.read_text())) if file.exists() else {}
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise FileError(f"{str(file)!r} is not a config that `upit fit` wrote: {error!r}") from None
 
     def save(self, name: str, value: Any) -> None:
         """Write one of the files above."""
@@ -149,9 +165,82 @@ class Run:
         for name in ("lineage", "similarity", "swap"):
             (self.directory / "growth" / f"{name}.json").unlink(missing_ok=True)
 
-    def _read(self, file: str) -> Any:
+    def _read(self, file: str, kind: type) -> Any:
         path = self.directory / file
-        return read_json(path) if path.exists() else None
+        return read_json(path, kind) if path.exists() else None
+
+    def _list(self, file: str, fields: Fields) -> list[dict[str, Any]] | None:
+        found = self._read(file, list)
+        if found is not None:
+            self._check_list(found, fields, file, "the list")
+        return found
+
+    def _check_list(self, entries: Any, fields: Fields, file: str, where: str) -> None:
+        if not isinstance(entries, list):
+            raise FileError(f"{str(self.directory / file)!r}: {where} is {entries!r:.80}, expected a list")
+        for i, entry in enumerate(entries):
+            check_fields(entry, fields, self.directory / file, f"{where}[{i}]")
+
+    def _matrix(self, file: str) -> list[list[float]] | None:
+        found = self._read(file, list)
+        found = found and as_nan(found)
+        if found is not None and _tensor(found, self.directory / file, "the matrix").shape != (len(found),) * 2:
+            raise FileError(f"{str(self.directory / file)!r} does not hold a square matrix of numbers")
+        return found
+
+    def _swap(self, file: str) -> dict[str, Any] | None:
+        found = self._read(file, dict)
+        if found is None:
+            return None
+        found = as_nan(found)
+        check_fields(found, SWAP, self.directory / file, "the object")
+        return found
+
+
+def read_report(run: Path) -> dict[str, Any] | None:
+    """The scores of a run's stages, NaN where one was not finite; None where there is no report.json yet.
+
+    Raises: FileError: it is damaged.
+    """
+    file = run / "report.json"
+    if not file.exists():
+        return None
+    report = read_json(file, dict)
+    check_fields(report, {"stages": dict}, file, "the report")
+    report["stages"] = as_nan(report["stages"])
+    for name, stage in report["stages"].items():
+        check_fields(stage, {"average": dict}, file, f"stages.{name}")
+    return report
+
+
+def _routing_snapshot(file: Path) -> dict[str, Any]:
+    snapshot = read_json(file, dict)
+    check_fields(snapshot, ROUTING, file, "the snapshot")
+    for name in ("counts_DEC", "shuffled_D"):
+        snapshot[name] = _tensor(snapshot[name], file, name)
+    if snapshot["counts_DEC"].ndim != 3 or snapshot["shuffled_D"].ndim != 1:
+        raise FileError(f"{str(file)!r}: counts_DEC or shuffled_D has the wrong number of dimensions")
+    return snapshot
+
+
+def _tensor(values: list, file: Path, where: str) -> Tensor:
+    try:
+        return torch.tensor(values)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{str(file)!r}: {where} is not an array of numbers: {error}") from None
+
+
+def _add_curves(curves: dict[str, tuple[list[int], list[float]]], file: Path) -> None:
+    """Append what a metrics.csv holds; it replaces what earlier files say from its first training step on."""
+    with file.open() as stream:
+        rows = list(csv.DictReader(stream))
+    _cut(curves, before=next((int(row["step"]) for row in rows if row.get("train/loss")), sys.maxsize))
+    for row in rows:
+        for name in row.keys() - {"step", "epoch"}:
+            if row[name]:
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(row[name]))
 
 
 def _cut(curves: dict[str, tuple[list[int], list[float]]], *, before: int) -> None:

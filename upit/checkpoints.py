@@ -15,9 +15,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoConfig, PretrainedConfig
 
+from upit.files import Fields, FileError, check_fields
 from upit.generation import generation_settings
 
 IDENTITY = "upit"
+IDENTITY_FIELDS: Fields = {
+    "phase": str,
+    "num_experts": (int, type(None)),
+    "swap_step": (int, type(None)),
+    "config": dict,
+}
 METADATA_GLOBALS = {  # what torch pickles into a sharded checkpoint's .metadata, beside dtypes
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -53,22 +60,50 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: it can't be read without running code, or was not written by one of upit's modules.
+        FileError: it is damaged, can't be read without running code, or was not written by one of upit's modules.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"ckpt_path={str(path)!r} does not exist")
     file = path / "meta.pt" if path.is_dir() else path
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=file == path)
-        if path.is_dir():
-            _read_metadata(path)
-    except (RuntimeError, pickle.UnpicklingError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{str(path)!r} is no checkpoint that loads without running code: {reason}") from None
-    if IDENTITY not in content:
-        raise ValueError(f"{str(path)!r} does not say which model it holds: no checkpoint of a upit module")
+    content = _load(file, mmap=file == path)
+    if path.is_dir():
+        _read_metadata(path)
+    if not isinstance(content, dict) or IDENTITY not in content:
+        raise FileError(f"{str(path)!r} does not say which model it holds: no checkpoint of a upit module")
+    check_fields(content[IDENTITY], IDENTITY_FIELDS, path, IDENTITY)
+    check_fields(content[IDENTITY]["config"], {"model_type": str}, path, f"{IDENTITY}.config")
     return {**content[IDENTITY], "global_step": content.get("global_step"), "epoch": content.get("epoch")}
+
+
+def resumable_in(directory: str | Path) -> dict[Path, dict[str, Any]]:
+    """The complete checkpoints in a directory that a fit can resume, and what each says about its model."""
+    found: dict[Path, dict[str, Any]] = {}
+    for path in sorted(Path(directory).rglob("*.ckpt")):
+        try:
+            identity = read_identity(path)
+            content = _load(path / "meta.pt" if path.is_dir() else path, mmap=path.is_file())
+        except (FileNotFoundError, FileError):
+            continue  # being written, being removed, or not one of ours
+        if "callbacks" in content:  # not of the weights alone
+            found[path] = identity
+    return found
+
+
+def _load(file: Path, *, mmap: bool) -> Any:
+    """``torch.load`` without running code.
+
+    Raises: FileError: the file is damaged, or needs code to be loaded; torch promises no type of error for either.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> FileError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return FileError(f"{str(path)!r} is damaged, or not a checkpoint that loads without running code: {reason}")
 
 
 def config_of(identity: dict[str, Any]) -> PretrainedConfig:
@@ -77,17 +112,22 @@ def config_of(identity: dict[str, Any]) -> PretrainedConfig:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The causal LM's state dict, its names as in transformers."""
+    """The causal LM's state dict, its names as in transformers.
+
+    Raises: FileError: the checkpoint is damaged, or holds no model.
+    """
     path = Path(path)
     if path.is_dir():
         state = _read_shards(path)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        content = _load(path, mmap=True)
+        check_fields(content, {"state_dict": dict}, path, "the checkpoint")
+        state = content["state_dict"]
     for prefix in ("dense.model.", "moe.model.", "model."):
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         if own:
             return own
-    raise ValueError(f"{str(path)!r} holds no model weights")
+    raise FileError(f"{str(path)!r} holds no model weights")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -101,19 +141,47 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _read_metadata(path: Path) -> Metadata:
-    """Raises: UnpicklingError: it names what is no part of a sharded checkpoint's metadata."""
-    with (path / ".metadata").open("rb") as file:
-        return _MetadataUnpickler(file).load()
+    """Raises: FileError: it is damaged, or names what does not belong into a sharded checkpoint's metadata."""
+    try:
+        with (path / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except Exception as error:  # a pickle that is damaged raises errors of any type
+        raise _unreadable(path / ".metadata", error) from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise FileError(f"{str(path / '.metadata')!r} is not the metadata of a sharded checkpoint")
+    return metadata
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
     """The tensors of a sharded checkpoint's state dict, and nothing of its optimizer."""
     prefix = "state_dict."
-    state: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = {
+        name: entry
         for name, entry in _read_metadata(path).state_dict_metadata.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this is a single process
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+    needed = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in entries.values())
+    present = sum(file.stat().st_size for file in path.glob("*.distcp"))
+    if needed > present:
+        raise FileError(f"{str(path)!r}: its weights need {needed} bytes, its shards hold {present}: it is truncated")
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()
+    }
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this is a single process
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+    except Exception as error:
+        raise _unreadable(path, error) from None
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def last_checkpoint(trainer: Any) -> Path | None:
+    """The checkpoint that a trainer's fit wrote last, or else the one it was resumed from."""
+    paths: list[Any] = []
+    for callback in trainer.checkpoint_callbacks:
+        paths += [getattr(callback, name, None) for name in ("best_model_path", "last_model_path")]
+        paths += getattr(callback, "best_k_models", {})
+    found = [Path(path) for path in paths if path and Path(path).exists()]
+    if not found and trainer.ckpt_path:
+        return Path(trainer.ckpt_path)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)

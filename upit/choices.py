@@ -35,10 +35,10 @@ def _classes(message: str) -> Iterator[str]:
 
 def _arguments(message: str) -> Iterator[str]:
     for path in re.findall(r"class_path '([\w.]+)':\s+Option '[\w.]+' is not accepted", message):
-        yield f"{path} takes: {', '.join(_parameters(_find(path))) or 'no arguments'}"
+        yield f"{path} takes: {', '.join(parameters_of(_find(path))) or 'no arguments'}"
 
 
-def _parameters(kind: type) -> Iterator[str]:
+def parameters_of(kind: type) -> Iterator[str]:
     """Names of a class's arguments, with those that it hands on to its base."""
     for owner in kind.__mro__:
         if "__init__" in vars(owner):

@@ -2,14 +2,19 @@
 
 import argparse
 import inspect
-import itertools
 import os
+import shutil
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from upit.own_modules import find_own_modules
+
 SUBCOMMANDS = {
+    "data": "prepare a config's data and show it: counts, what is left out, an example with its loss mask",
     "fit": "run the whole method, or one phase, from a YAML config",
     "validate": "held-out loss of a dense or MoE checkpoint",
     "test": "exact match per domain of a dense or MoE checkpoint",
@@ -21,16 +26,19 @@ SUBCOMMANDS = {
     "inspect": "show what a run, a pool, a checkpoint or a model holds",
     "sweep": "run several configs over several seeds, and compare them",
     "report": "one HTML page about a run, or several side by side",
+    "configs": "list, show or copy the configs that -c takes by name",
 }
 STAGES = ("expand", "init-router", "upcycle", "inspect")  # functions of upit.stages
-RUN_DIR = "UPIT_RUN_DIR"
-LAUNCHERS = {"RANK", "SLURM_PROCID"}
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. Imports torch only for the subcommands that need it."""
     given, args = args, sys.argv[1:] if args is None else args
     command = args[0] if args else "--help"
+    try:
+        find_own_modules()
+    except ValueError as error:
+        sys.exit(f"upit {command}: error: {error}")
     if command not in SUBCOMMANDS:
         _overview().parse_args(args or ["--help"])
     elif command == "export":
@@ -41,6 +49,10 @@ def main(args: list[str] | None = None) -> None:
         _sweep(args[1:])
     elif command == "report":
         _report(args[1:])
+    elif command == "data":
+        _data(args[1:])
+    elif command == "configs":
+        _configs(args[1:])
     else:
         _train(given)
 
@@ -65,11 +77,16 @@ def _export(args: list[str]) -> None:
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run, before or after the swap")
     parser.add_argument("--output", required=True, help="directory to write; must not hold anything yet")
     parser.add_argument("--tokenizer", help="its directory; default: tokenizer/ of the checkpoint's run")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="write a head of its own where it is tied to the embedding; some clients need one, see docs/clients.md",
+    )
     options = parser.parse_args(args)
     from upit.export import export_checkpoint
 
     try:
-        output = export_checkpoint(options.ckpt_path, options.output, tokenizer=options.tokenizer)
+        output = export_checkpoint(options.ckpt_path, options.output, tokenizer=options.tokenizer, untie=options.untie)
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         parser.error(str(error))
     print(f"Exported to {output}")
@@ -93,7 +110,8 @@ def _stage(command: str, args: list[str]) -> None:
     from upit.choices import explain
 
     bare = [
-        arg == "--overwrite" and after.startswith("--") for arg, after in zip(args, [*args[1:], "--"], strict=True)
+        arg in ("--overwrite", "--untie") and after.startswith("--")
+        for arg, after in zip(args, [*args[1:], "--"], strict=True)
     ]
     args = [f"{arg}=true" if alone else arg for arg, alone in zip(args, bare, strict=True)]
     settings = {"prog": f"upit {command}", "parser_mode": "yaml", "parser_class": _plain(ArgumentParser)}
@@ -112,10 +130,15 @@ def _sweep(args: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-c", "--config", action="append", required=True, type=Path, help="base config; may be stacked"
+        "-c",
+        "--config",
+        action="append",
+        required=True,
+        type=_config,
+        help="base config, file or name; may be stacked",
     )
     parser.add_argument(
-        "--configs", nargs="*", default=[], type=Path, help="configs to stack on the base, one at a time"
+        "--configs", nargs="*", default=[], type=_config, help="configs to stack on the base, one at a time"
     )
     parser.add_argument(
         "--seeds",
@@ -139,6 +162,15 @@ def _sweep(args: list[str]) -> None:
         _check_config(arguments)
     if sweep(cells, options.output, jobs=options.jobs):
         sys.exit(1)
+
+
+def _config(given: str) -> Path:
+    from upit.config_names import find
+
+    try:
+        return find(given)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _check_config(args: Sequence[str]) -> None:
@@ -170,13 +202,96 @@ def _report(args: list[str]) -> None:
     print(f"Wrote {output}")
 
 
-def _train(args: list[str] | None) -> None:
+def _data(args: list[str]) -> None:
+    """Prepare the data of a config for ``fit`` and show it. Builds neither the model nor the trainer."""
+    if not args or {"-h", "--help"} & set(args):
+        print(
+            "usage: upit data -c CONFIG.yaml [--data.init_args.KEY VALUE ...]\n\n"
+            "Prepare the data of a config for `upit fit`, and show it: examples, tokens, what is left out and why,\n"
+            "steps an epoch, harvest points, and an example with its loss mask. Needs no GPU and no weights."
+        )
+        return
+    _train(["fit", *args], preview=True)
+
+
+def _show_data(data: Any, config: Any, harvest: Any, upcycling: Any) -> None:
+    """Prepare a data module and print what it holds.
+
+    Args:
+        config: of the trainer.
+        harvest, upcycling: the callbacks, or None.
+    """
+    import numpy as np
+
+    from upit.preview import print_data
+
+    data.prepare_data()
+    data.setup("fit")
+    batches = len(data.train_dataloader())
+    steps = -(-batches // (config.accumulate_grad_batches or 1))
+    facts = [("steps an epoch", f"{steps:,} ({batches:,} batches of {data.batch_size} rows)")]
+    epochs, most = config.max_epochs or -1, config.max_steps
+    total = min(bound for bound in (epochs * steps, most, 10**12) if bound > 0)
+    if upcycling is not None and upcycling.at_epoch is not None:
+        total = min(total, round(upcycling.at_epoch * steps))
+    elif upcycling is not None:
+        total = min(total, upcycling.at_step)
+    if harvest is not None and total < 10**12:
+        points = harvest.points(until=total, steps_per_epoch=steps)
+        facts.append(("harvest points", ", ".join(map(str, points))))
+    parts = {name: data.stats[name] for name in ("train", "heldout")}
+    names = data.train_set.domain_names
+    counts = [
+        np.bincount(part.domain_ids, minlength=len(names)).tolist() for part in (data.train_set, data.heldout_set)
+    ]
+    domains = dict(sorted(zip(names, zip(*counts, strict=True), strict=True)))
+    facts.append(("chat template", data.template_name))
+    facts.append(("cache", str(data.folder)))
+    print_data(parts, facts=facts, domains=domains, example=data.train_set[0], tokenizer=data.tokenizer)
+
+
+def _configs(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "upit configs",
+        description="List the configs that `-c` takes by name. They are the YAML files in ./configs and the ones that "
+        "come with upit; a config in ./configs goes before one of the same name that comes with upit.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="show these configs")
+    parser.add_argument(
+        "--copy", type=Path, metavar="DEST", help="copy them to this directory, or one of them to this .yaml file; "
+        "without names, all that come with upit (`upit configs --copy configs`). Replaces nothing",
+    )  # fmt: skip
+    options = parser.parse_args(args)
+    from upit import config_names
+
+    try:
+        if options.copy:
+            text = "\n".join(map(str, config_names.copy(options.names, options.copy)))
+        elif options.names:
+            text = config_names.show(options.names)
+        else:
+            text = config_names.listing(shutil.get_terminal_size((200, 24)).columns)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(text)
+
+
+def _train(args: list[str] | None, *, preview: bool = False) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # checkpoints never run code
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lightning as L
+    from jsonargparse import Namespace
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+    from yaml import SafeDumper
 
     from callbacks import ExpertHarvest, Upcycling, WriteAnswers
+    from callbacks.event import MissedEventError
+    from upit.run_directory import RunDirectory
+
+    class _Began(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            directory.began = True
 
     class CLI(LightningCLI):
         """LightningCLI whose runs each have a directory of their own, and whose two callbacks have a key each.
@@ -197,6 +312,9 @@ def _train(args: list[str] | None) -> None:
             except ValueError as error:
                 self.parser.error(str(error), error)
 
+        def _parse_ckpt_path(self) -> None:
+            """Lightning would replace the model section by the checkpoint's hyper_parameters; the module warns."""
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.set_defaults({"trainer.default_root_dir": "runs/run"})
             parser.add_lightning_class_args(ExpertHarvest, "harvest", subclass_mode=True, required=False)
@@ -210,18 +328,15 @@ def _train(args: list[str] | None) -> None:
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
             self._check_base(config.pop("base"), config.get("ckpt_path"))
-            ranks = [os.environ.get(name, "0") for name in LAUNCHERS]
             if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
                 self.parser.error(f"ckpt_path={config.ckpt_path!r} does not exist")
-            started_here = RUN_DIR not in os.environ and set(ranks) == {"0"}
-            run = run_directory(Path(config.trainer.default_root_dir), config.get("ckpt_path"))
-            if self.subcommand == "fit":
-                try:
-                    run.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    self.parser.error(f"trainer.default_root_dir={str(run)!r} can't be written: {error}")
-                if started_here:
-                    keep_records(run)
+            wanted = config.trainer.default_root_dir
+            try:
+                run = directory.choose(Path(wanted), config.get("ckpt_path"), fits=self.subcommand == "fit")
+            except OSError as error:
+                self.parser.error(f"trainer.default_root_dir={str(wanted)!r} can't be written: {error}")
+            except ValueError as error:
+                self.parser.error(str(error))
             config.trainer.default_root_dir = str(run)
 
         def _check_base(self, base: bool, ckpt_path: str | None) -> None:
@@ -242,74 +357,84 @@ def _train(args: list[str] | None) -> None:
                 # told before the model is built, so that it is built as the checkpoint says, sharded too
                 self.trainer.ckpt_path, options.ckpt_path = options.ckpt_path, None
 
+        def _run_subcommand(self, subcommand: str) -> None:
+            try:
+                super()._run_subcommand(subcommand)
+            except MissedEventError as error:
+                sys.exit(f"upit {subcommand}: error: {error}")
+            except SIGTERMException:  # Lightning would exit with 0
+                sys.exit(128 + signal.SIGTERM)
+
         def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
             fits = self.subcommand == "fit"
             if config["logger"] in (None, True):  # not written into the run's config: a second run has its own
                 config["logger"] = _loggers(config["default_root_dir"]) if fits else False
             self.save_config_callback = SaveConfigCallback if fits else None  # a test leaves the run's config alone
             chosen = [callback for callback in callbacks if callback is not None]
+            if fits:
+                chosen.append(_Began())
             if self.subcommand == "predict":
                 chosen.append(WriteAnswers())
             return super()._instantiate_trainer(config, chosen)
 
-    CLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
-        parser_class=_plain(LightningArgumentParser),
-        args=args,
-    )
+    class DataCLI(CLI):
+        """Shows the data of a config for ``fit``."""
+
+        def before_instantiate_classes(self) -> None:
+            pass  # no run, and no directory for one
+
+        def instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            wanted = {name: config.get(name) for name in ("data", "harvest", "upcycling")}
+            parser = self._parser(self.subcommand)
+            try:
+                made = parser.instantiate_classes(Namespace(**{name: own for name, own in wanted.items() if own}))
+                _show_data(made.data, config.trainer, made.get("harvest"), made.get("upcycling"))
+            except (ValueError, OSError) as error:
+                self.parser.error(str(error), error)
+
+        def after_instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    if preview:
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # members of a text enum, such as the default interval of Lightning's Timer
+    SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
+    with RunDirectory() as directory:
+        (DataCLI if preview else CLI)(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: {"parser_mode": "yaml"} for name in ("fit", "validate", "test", "predict")},
+            parser_class=_plain(LightningArgumentParser),
+            args=args,
+        )
 
 
 def _plain(kind: Any) -> Any:
-    """A parser that tells what is wrong and what would be right, without the usage of every option."""
+    """A parser that takes configs by name. Its errors are without the usage of every option."""
+    from jsonargparse import ActionConfigFile
+
     from upit.choices import explain
+    from upit.config_names import ConfigByName
 
     class Parser(kind):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register("action", ActionConfigFile, ConfigByName)
+
         def error(self, message, ex=None):
             if not self.exit_on_error:  # a class's own arguments, parsed within: the error is told from outside
                 super().error(message, ex)
             self.exit(2, f"{self.prog}: error: {explain(message)}\n")
 
     return Parser
-
-
-def run_directory(wanted: Path, ckpt_path: str | None) -> Path:
-    """Where a run leaves its things: the wanted directory, or one beside it where that is taken.
-
-    A resumed run goes on in the directory of its checkpoint. Processes that a run starts share its directory. Under an
-    external launcher (torchrun, SLURM) no rank may choose by itself: there a directory that holds a run is refused.
-
-    Raises: ValueError: see above.
-    """
-    if RUN_DIR in os.environ:
-        return Path(os.environ[RUN_DIR])
-    run = wanted
-    if ckpt_path:
-        found = Path(ckpt_path).resolve().parent
-        run = found.parent if found.name == "checkpoints" else wanted
-    elif LAUNCHERS & os.environ.keys():  # experts are written only once all ranks have passed here
-        if (run / "experts").exists():
-            raise ValueError(f"trainer.default_root_dir={str(run)!r} holds a run already; name another directory")
-    else:
-        taken = 2
-        while run.exists() and any(run.iterdir()):
-            run, taken = wanted.with_name(f"{wanted.name}-{taken}"), taken + 1
-    os.environ[RUN_DIR] = str(run)
-    return run
-
-
-def keep_records(run: Path) -> None:
-    """Put what a resumed run would overwrite beside: metrics.csv becomes metrics-1.csv, and so on."""
-    for name in ("metrics.csv", "config.yaml"):
-        file = run / name
-        if file.exists():
-            free = next(i for i in itertools.count(1) if not file.with_stem(f"{file.stem}-{i}").exists())
-            file.rename(file.with_stem(f"{file.stem}-{free}"))
 
 
 def _loggers(run: str) -> list:

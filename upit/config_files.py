@@ -1,4 +1,4 @@
-"""Configs of dense checkpoint directories, and of the MoE that they become, in plain types.
+"""Configs of dense checkpoint directories, and of the MoE that they become, in plain types; and how they are written.
 
 transformers reads a config almost four times as fast where there is no torch (docs/performance.md). So a process that
 has not imported it yet lets another one read, which is told that there is none.
@@ -6,6 +6,7 @@ has not imported it yet lets another one read, which is told that there is none.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,70 @@ def read_configs(base: Path, others: Sequence[Path], *, num_experts: int = 0, to
     )
 
 
+TOKENIZER_FILES = (  # of tokenizers, sentencepiece, tiktoken and Mistral, and a tokenizer's own class
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a model's tokenizer files, chat templates and generation config from one directory to another."""
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
+
+
+def make_portable(directory: Path) -> None:
+    """Rewrite config.json and tokenizer_config.json so that transformers 4 and what is built on it read them too.
+
+    transformers 5 loads the same model and tokenizer from the rewritten files. Every writer of a model calls this.
+
+    Args:
+        directory: of a model as transformers 5 writes it; a file that is not there is left out.
+    """
+    for name, portable in (("config.json", _portable_config), ("tokenizer_config.json", _portable_tokenizer)):
+        file = directory / name
+        if file.exists():
+            fields = portable(json.loads(file.read_text()))
+            file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _portable_config(fields: Fields) -> Fields:
+    """transformers 4 has ``rope_theta`` and ``rope_scaling`` for ``rope_parameters``, and only ``num_experts``.
+
+    Mixtral alone has ``num_local_experts`` there. Without the old fields it takes its own defaults, and says nothing.
+    """
+    scaling = dict(fields.get("rope_parameters") or {})
+    added: Fields = {}
+    if "rope_theta" in scaling:
+        added["rope_theta"] = scaling.pop("rope_theta")
+        added["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    if "num_local_experts" in fields:
+        added["num_experts"] = fields["num_local_experts"]
+    return fields | added
+
+
+def _portable_tokenizer(fields: Fields) -> Fields:
+    """transformers 4 knows ``TokenizersBackend`` as ``PreTrainedTokenizerFast``, and takes no list of extra tokens."""
+    fields = dict(fields)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    return fields
+
+
 def _ask(question: list[Any]) -> list[Fields]:
     done = subprocess.run(
         [sys.executable, "-P", "-m", __name__, json.dumps(question)],
@@ -61,7 +126,7 @@ def _ask(question: list[Any]) -> list[Fields]:
 def _read(base: str, others: list[str], num_experts: int, top_k: int) -> list[Fields]:
     from transformers import AutoConfig
 
-    dense, *found = [AutoConfig.from_pretrained(path) for path in (base, *others)]
+    dense, *found = [AutoConfig.from_pretrained(path, trust_remote_code=False) for path in (base, *others)]
     plain = [_plain(config) for config in (dense, *found)]
     if not num_experts:
         return [*plain, {}, {}]

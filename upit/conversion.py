@@ -4,8 +4,6 @@ A MoE's file keeps its experts apart, so each tensor of the output is one tensor
 router. Memory stays near one tensor, whatever the model. ``D`` layers, ``E`` experts, ``H`` hidden.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,24 +13,12 @@ import torch
 from torch import Tensor
 
 from upit.ahead import ahead
-from upit.compatibility import check_config
-from upit.config_files import read_configs
+from upit.compatibility import check_complete, check_config, check_same_vocabulary, check_shapes
+from upit.config_files import copy_tokenizer, make_portable, read_configs
 from upit.families import FAMILIES, FFN, Family, expert_name, is_expert
 from upit.files import Estimate, fresh_directory, write_json
 from upit.pool import Expert
 from upit.tensor_files import SHARD_BYTES, TensorFileError, TensorFiles, write_checkpoint
-
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-_LEFT_OUT = "rotary_emb.inv_freq"  # buffers that old checkpoints hold and no model reads
 
 Read = Callable[[], Tensor]
 Track = Callable[[Iterable[str]], Iterable[str]]
@@ -46,12 +32,20 @@ class Conversion:
         experts: see :func:`upit.expert_sources.experts_at`.
         top_k: experts a token.
         dtype: of the output; default the base's.
-    Raises: ValueError: unsupported architecture; top_k out of range; or, naming file and tensor, an expert's
-        architecture, vocabulary, shapes or dtype are not the base's, or a file is broken.
+        untie: write a head of its own where the base's is tied to the embedding.
+    Raises: ValueError: unsupported architecture; top_k out of range; the base or an expert lacks a tensor; or, naming
+        the file and the field or tensor, an expert's architecture, vocabulary, shapes or dtype are not the base's, or
+        a file is broken.
     """
 
     def __init__(
-        self, base: Path, experts: Sequence[Expert], *, top_k: int = 2, dtype: torch.dtype | None = None
+        self,
+        base: Path,
+        experts: Sequence[Expert],
+        *,
+        top_k: int = 2,
+        dtype: torch.dtype | None = None,
+        untie: bool = False,
     ) -> None:
         self.directory = base
         checkpoints = [expert.file for expert in experts if expert.file.is_dir()]
@@ -59,60 +53,53 @@ class Conversion:
         self.dense, self.moe = configs.dense, configs.moe
         self.family: Family = FAMILIES[self.dense.model_type]
         self.base = TensorFiles(base)
+        self.shapes = self.family.dense_shapes(self.dense)
+        check_complete(base, self.base, self.shapes)
         self.experts = list(experts)
-        self.dtype = dtype or self.base[self._ffn_names[0]].dtype
-        for path, config in zip(checkpoints, configs.others, strict=True):
-            check_config(path, config, self.dense)
-            self._check_vocabulary(path)
-        for expert in experts:
-            for name in self._ffn_names:
-                self._check_tensor(expert, name, any_dtype=dtype is not None)
+        self.dtype = dtype or self.base[next(filter(is_expert, self.shapes))].dtype
+        self._check(zip(checkpoints, configs.others, strict=True), any_dtype=dtype is not None)
         self.config = configs.moe_file | {"dtype": str(self.dtype).removeprefix("torch.")}
+        self.untie = untie and self.dense.tie_word_embeddings
+        if self.untie:
+            self.config["tie_word_embeddings"] = False
 
-    @property
-    def _ffn_names(self) -> list[str]:
-        return [expert_name(layer, part) for layer in range(self.dense.num_hidden_layers) for part in FFN]
-
-    def _check_tensor(self, expert: Expert, name: str, *, any_dtype: bool) -> None:
-        if name not in self.base or name not in expert.tensors:
-            lacking = expert.file if name in self.base else self.directory
-            raise TensorFileError(
-                f"{lacking}: tensor {name!r} is missing; the experts' architecture must be the base's"
-            )
-        ours, theirs = self.base[name], expert.tensors[name]
-        if theirs.shape != ours.shape:
-            raise TensorFileError(f"{theirs.file}: tensor {name!r} has shape {theirs.shape}, the base {ours.shape}")
-        if theirs.dtype != ours.dtype and not any_dtype:
-            raise TensorFileError(
-                f"{theirs.file}: tensor {name!r} has dtype {theirs.dtype}, the base {ours.dtype}; set dtype to convert"
-            )
-
-    def _check_vocabulary(self, path: Path) -> None:
-        """Checkpoints must speak the base's language; a pool's files are of one run."""
-        tokenizer = path / "tokenizer.json"
-        if not _same_vocabulary(self.directory / "tokenizer.json", tokenizer):
-            raise ValueError(f"{tokenizer}: its vocabulary is not that of the base {str(self.directory)!r}")
+    def _check(self, checkpoints: Iterable[tuple[Path, Any]], *, any_dtype: bool) -> None:
+        """Raises: ValueError: an expert is not complete or does not fit the base."""
+        for path, config in checkpoints:
+            check_config(path, config, self.dense)
+            check_same_vocabulary(self.directory, path)
+        for expert in self.experts:
+            check_shapes(expert, self.shapes)
+            for name in expert.shapes:
+                ours, theirs = self.base[name], expert.tensors[name]
+                if theirs.dtype != ours.dtype and not any_dtype:
+                    raise TensorFileError(
+                        f"{theirs.file}: tensor {name!r} has dtype {theirs.dtype}, the base {ours.dtype}; "
+                        "set dtype to convert"
+                    )
 
     # --- what is written -----------------------------------------------------------------------------
 
     def plan(self, router_DEH: Tensor) -> dict[str, tuple[tuple[int, ...], Read]]:
         """Shape of every tensor of the output in the order of the file, and how to get it."""
         plan: dict[str, tuple[tuple[int, ...], Read]] = {}
-        tied = {"lm_head.weight"} if self.dense.tie_word_embeddings else set()
-        for name, entry in self.base.items():
-            if not (is_expert(name) or name in tied or name.endswith(_LEFT_OUT)):
-                plan[name] = entry.shape, partial(self.base.read, name)
+        for name, shape in self.shapes.items():
+            if not is_expert(name):
+                plan[name] = shape, partial(self.base.read, name)
+        if self.untie:
+            embedding = "model.embed_tokens.weight"
+            plan["lm_head.weight"] = self.shapes[embedding], partial(self.base.read, embedding)
         for layer, router_EH in enumerate(router_DEH):
             plan[self.family.router_in_file(layer)] = tuple(router_EH.shape), router_EH.clone
             for e, expert in enumerate(self.experts):
                 for part in FFN:
                     name = expert_name(layer, part)
                     plan[self.family.expert_in_file(layer, e, part)] = (
-                        self.base[name].shape,
+                        self.shapes[name],
                         partial(expert.read, name),
                     )
-            for part, shape in self.family.shared_expert(self.moe).items():
-                plan[f"model.layers.{layer}.{part}"] = shape, partial(torch.zeros, shape)
+            for part, tensor in self.family.shared_expert(self.moe).items():
+                plan[f"model.layers.{layer}.{part}"] = tuple(tensor.shape), tensor.clone
         return plan
 
     def estimate(self) -> Estimate:
@@ -147,10 +134,9 @@ class Conversion:
         tensors = ahead(lambda name: (name, plan[name][1]().to(self.dtype)), track(plan))
         with fresh_directory(output, overwrite=overwrite) as directory:
             write_checkpoint(directory, tensors, specs, max_shard_bytes=max_shard_bytes)
-            write_json(directory / "config.json", dict(sorted(self.config.items())))
-            for file in ("generation_config.json", *TOKENIZER):
-                if (self.directory / file).exists():
-                    shutil.copy(self.directory / file, directory / file)
+            write_json(directory / "config.json", self.config)
+            copy_tokenizer(self.directory, directory)
+            make_portable(directory)
             (directory / "README.md").write_text(self._card(output.name))
         return output
 
@@ -163,16 +149,3 @@ class Conversion:
             "([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n\n"
             f"## Experts\n\nAll other weights: {self.directory}\n\n| expert | source |\n|---|---|\n{rows}\n"
         )
-
-
-def _same_vocabulary(ours: Path, theirs: Path) -> bool:
-    """Whether two tokenizer.json give every token the same id; True where one of them does not exist."""
-    if not (ours.exists() and theirs.exists()):
-        return True
-    contents = [ours.read_bytes(), theirs.read_bytes()]
-    return contents[0] == contents[1] or _vocabulary(contents[0]) == _vocabulary(contents[1])
-
-
-def _vocabulary(tokenizer: bytes) -> list[Any]:
-    content = json.loads(tokenizer)
-    return [content["model"].get("vocab"), [(token["content"], token["id"]) for token in content["added_tokens"]]]

@@ -1,6 +1,7 @@
 """Held-out evaluation: response loss and exact match of greedy answers, per domain."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -51,11 +52,13 @@ def summed_answers(
         indices: into ``data.heldout_set``; ``PADDING`` is answered too, so that the ranks keep step, and not counted.
         max_new_tokens: of an answer; default :func:`answer_budget`.
     """
+    right_C, asked_C = torch.zeros(2, len(data.domains), dtype=torch.float32).unbind()
     rows = [data.heldout_set[max(0, i)] for i in indices]
+    if not rows:
+        return right_C, asked_C
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     budgets = [max_new_tokens or answer_budget(row) for row in rows]
     answers = greedy_answers(model, data.tokenizer, prompts, max_new_tokens=budgets)
-    right_C, asked_C = torch.zeros(2, len(data.domains), dtype=torch.float32).unbind()
     for i, row, answer in zip(indices, rows, answers, strict=True):
         if i != PADDING:
             domain = data.domains.index(row["domain"])
@@ -68,7 +71,7 @@ def summed_answers(
 def _domain_means(
     model: PreTrainedModel,
     data,
-    lengths: Sequence[int],
+    lengths: Mapping[int, int],
     sums_of: Callable[[list[int]], tuple[Tensor, Tensor]],
     *,
     autocast: Autocast,
@@ -77,14 +80,14 @@ def _domain_means(
     """Mean of each domain over the held-out examples; the ranks share the work.
 
     Args:
-        lengths: tokens that each example takes in a batch.
+        lengths: of each example that counts, the tokens that it takes in a batch.
         sums_of: sums and counts of each domain for a batch of examples.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     means = WeightedMeans(data.domains).to(device)
-    groups = length_grouped(range(len(lengths)), lengths, max_tokens=data.eval_batch_tokens)
+    groups = length_grouped(list(lengths), lengths, max_tokens=data.eval_batch_tokens)
     for group, counts in track(own_share(groups)):
         with autocast():
             found = sums_of(group)
@@ -97,7 +100,7 @@ def domain_losses(
     model: PreTrainedModel, data, *, autocast: Autocast = nullcontext, track: Track = lambda batches: batches
 ) -> dict[str, float]:
     """Held-out response loss of each domain in nats, the mean over its tokens; the ranks share the work."""
-    lengths = lengths_of(data.heldout_set)
+    lengths = dict(enumerate(lengths_of(data.heldout_set)))
 
     def losses(group: list[int]) -> tuple[Tensor, Tensor]:
         return summed_losses(model, heldout_batch(model, data, group), data)
@@ -115,10 +118,15 @@ def domain_exact_match(
 ) -> dict[str, float]:
     """Share of each domain's held-out questions that greedy answers get right; the ranks share the work.
 
+    Only ``data.scored_examples()`` are asked; a domain without any has no entry.
+
     Args:
         max_new_tokens: of an answer; default :func:`answer_budget`.
     """
-    lengths = [row["prompt_length"] + (max_new_tokens or answer_budget(row)) for row in data.heldout_set]
+    rows = {i: data.heldout_set[i] for i in data.scored_examples()}
+    if not rows:
+        return {}
+    lengths = {i: row["prompt_length"] + (max_new_tokens or answer_budget(row)) for i, row in rows.items()}
 
     def answers(group: list[int]) -> tuple[Tensor, Tensor]:
         return summed_answers(model, group, data, max_new_tokens=max_new_tokens)
@@ -137,17 +145,22 @@ def evaluate(
     """Loss and exact match on held-out examples.
 
     Args:
-        data: data module, for ``heldout_set``, ``domains``, ``tokenizer``, ``verify`` and ``eval_batch_tokens``.
+        data: data module, for ``heldout_set``, ``domains``, ``tokenizer``, ``verify``, ``scored_examples`` and
+            ``eval_batch_tokens``.
         max_new_tokens: of an answer; default :func:`answer_budget`.
         track: wraps the batches, for a progress bar.
     Returns: ``{"domains": {name: {"loss", "exact_match"}}, "average": {"loss", "exact_match"}}``. A domain's loss
-        is in nats, the mean over its response tokens; exact match lies in 0..1; the average weighs domains alike.
+        is in nats, the mean over its response tokens; exact match lies in 0..1, NaN where a domain is not scored; the
+        average weighs domains alike.
     """
     losses = domain_losses(model, data, autocast=autocast, track=track)
     right = domain_exact_match(model, data, max_new_tokens=max_new_tokens, autocast=autocast, track=track)
-    scores = {name: {"loss": losses[name], "exact_match": right[name]} for name in data.domains}
-    average = {key: sum(own[key] for own in scores.values()) / len(scores) for key in ("loss", "exact_match")}
-    return {"domains": scores, "average": average}
+    scores = {name: {"loss": losses[name], "exact_match": right.get(name, math.nan)} for name in data.domains}
+    return {"domains": scores, "average": {"loss": _mean(losses), "exact_match": _mean(right)}}
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values) if values else math.nan
 
 
 @torch.no_grad()

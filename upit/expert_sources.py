@@ -213,7 +213,8 @@ class Checkpoints(ExpertSource):
         shapes = {name: tuple(param.shape) for name, param in dense.named_parameters()}
         for path in self._directories():
             if not _is_pool(path):
-                check_config(path, AutoConfig.from_pretrained(path), dense.config)
+                own = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                check_config(path, own, dense.config)
                 check_vocabulary(path, tokenizer)
             for expert in Pool.load(path).experts if _is_pool(path) else [_expert_of_model(path)]:
                 check_shapes(expert, shapes)

@@ -1,5 +1,6 @@
 """Export a model in stock transformers format: weights, tokenizer, chat template and a model card."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from upit.artefacts import Run
+from upit.artefacts import Run, read_report
 from upit.checkpoints import config_of, read_identity, read_weights
-from upit.files import check_output, fresh_directory, read_json
+from upit.config_files import make_portable
+from upit.files import check_output, fresh_directory
+from upit.finite import NotFiniteError, not_finite
 from upit.generation import exported_generation
 
 
@@ -22,6 +25,7 @@ def export_model(
     *,
     card: str,
     generation: Mapping[str, Any] | None = None,
+    untie: bool = False,
 ) -> Path:
     """Write a model that stock ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -32,11 +36,20 @@ def export_model(
         card: text of the README.md.
         generation: generation settings of the model that training started from, see
             :func:`upit.generation.generation_settings`. The export keeps them, and stops at the trained end of turn.
+        untie: write a head of its own where the config ties it to the embedding; some clients need one.
     Raises:
         FileExistsError: the output is not empty.
+        NotFiniteError: a weight is NaN or infinite.
         RuntimeError: a weight is missing or unexpected.
     """
     output = Path(output)
+    if broken := not_finite(weights):
+        raise NotFiniteError(
+            f"{len(broken)} of {len(weights)} weights hold NaN or infinity, the first is {broken[0]!r}: training "
+            "diverged. Nothing is exported; export an earlier checkpoint"
+        )
+    if untie and config.tie_word_embeddings:
+        config, weights = _untied(config, weights)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
@@ -53,14 +66,25 @@ def export_model(
         # transformers refuses to save some settings that published models have (a temperature without do_sample)
         (directory / "generation_config.json").write_text(settings.to_json_string())
         tokenizer.save_pretrained(directory)
+        make_portable(directory)
         (directory / "README.md").write_text(card)
     return output
 
 
-def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: str | None = None) -> Path:
+def _untied(config: PretrainedConfig, weights: Mapping[str, Tensor]) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """The same model with a head of its own, which holds a copy of the embedding."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+
+
+def export_checkpoint(
+    ckpt_path: str | Path, output: str | Path, *, tokenizer: str | None = None, untie: bool = False
+) -> Path:
     """Export the dense or the MoE model of a training checkpoint.
 
     Args:
+        untie: see :func:`export_model`.
         tokenizer: its directory; default ``tokenizer/`` of the run that the checkpoint lies in.
     Raises: FileNotFoundError: no such checkpoint or tokenizer; see also :func:`export_model`.
     """
@@ -74,15 +98,20 @@ def export_checkpoint(ckpt_path: str | Path, output: str | Path, *, tokenizer: s
     return export_model(
         config_of(identity),
         read_weights(ckpt_path),
-        AutoTokenizer.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         output,
         card=model_card(identity, run, name=output.name),
         generation=identity.get("generation"),
+        untie=untie,
     )
 
 
-def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
-    """README.md of an exported model: method, lineage, data, metrics so far, how to load."""
+def model_card(identity: Mapping[str, Any], run: Path, *, name: str, weights: Mapping[str, Any] | None = None) -> str:
+    """README.md of an exported model: method, lineage, data, metrics so far, how to load.
+
+    Args:
+        weights: which weights of the run these are, an entry ``export`` of its report.
+    """
     moe = identity["phase"] == "moe"
     kind = f"{identity['num_experts']} experts, top-{identity['top_k']}" if moe else "dense"
     parts = [
@@ -93,6 +122,7 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
         f"A {identity['config']['model_type']} causal language model ({kind}), trained for "
         f"{identity['global_step']} optimizer steps with upit: upcycling instruction tuning from dense to "
         "Mixture-of-Experts via parameter merging ([arXiv:2410.01610](https://arxiv.org/abs/2410.01610)).\n",
+        *([f"{exported(weights)}.\n"] if weights else []),
         "## Load\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
@@ -101,9 +131,9 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
     if moe and lineages:
         rows = "\n".join(f"| {entry['expert']} | {origin(entry)} |" for entry in lineages[-1 if grown else 0])
         parts.append(f"## Experts\n| expert | origin |\n|---|---|\n{rows}\n")
-    report = run / "report.json"
-    if report.exists():
-        stages = _reached(read_json(report)["stages"], identity)
+    report = read_report(run)
+    if report is not None:
+        stages = _reached(report["stages"], identity)
         rows = "\n".join(
             f"| {stage} | {scores['average']['loss']:.4f} | {scores['average']['exact_match']:.1%} |"
             for stage, scores in stages.items()
@@ -114,6 +144,16 @@ def model_card(identity: Mapping[str, Any], run: Path, *, name: str) -> str:
             f"| stage | loss (nats) | exact match |\n|---|---|---|\n{rows}\n"
         )
     return "\n".join(parts)
+
+
+def exported(weights: Mapping[str, Any]) -> str:
+    """Which weights of a run were exported, in words; see ``model_card``."""
+    if weights["weights"] == "last":
+        return f"The weights are the last ones of the run, of step {weights['step']}"
+    return (
+        f"The weights are those of step {weights['step']}, the best checkpoint by {weights['monitor']} "
+        f"({weights['value']:.4f})"
+    )
 
 
 def _reached(stages: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,14 +16,82 @@ import torch
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a value in plain types. JSON has no NaN and no infinity: they become null; :func:`as_nan` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=indent) + "\n")
+    beside.write_text(json.dumps(_without_nan(value), indent=indent, allow_nan=False) + "\n")
     os.replace(beside, path)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+Fields = Mapping[str, type | tuple[type, ...]]  # the fields of an object, and their types
+
+
+class FileError(ValueError):
+    """A file can't be read, or does not hold what it should; the message names it."""
+
+
+def read_json(path: Path, kind: type | None = None) -> Any:
+    """Read a JSON file.
+
+    Args:
+        kind: type of the value at the top, dict or list.
+    Raises: FileError: the file is missing, is not valid JSON, or holds another kind of value.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{str(path)!r} can't be read as JSON: {str(error) or type(error).__name__}") from None
+    if kind is not None and not isinstance(value, kind):
+        raise FileError(f"{str(path)!r} holds a {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
+def check_fields(value: Any, fields: Fields, file: Path, where: str) -> None:
+    """Check that part of a JSON file is an object with certain fields.
+
+    Args:
+        fields: type of each field that must be there; a number for float may be written as an integer.
+        where: of the part in the file, for the error.
+    Raises: FileError: names the file, the part, and the field.
+    """
+    if not isinstance(value, dict):
+        raise FileError(f"{str(file)!r}: {where} is {value!r:.80}, expected an object")
+    for name, kind in fields.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if name not in value:
+            raise FileError(f"{str(file)!r}: {where} has no field {name!r}")
+        found = value[name]
+        is_right = isinstance(found, (*kinds, int) if float in kinds else kinds)
+        if not is_right or (isinstance(found, bool) and bool not in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise FileError(f"{str(file)!r}: {where}.{name} is {found!r:.80}, expected {expected}")
+
+
+def plain_name(name: Any, file: Path, where: str) -> str:
+    """The name of a file that another one lists, which must lie in the same folder.
+
+    Raises: FileError: it is not a plain file name, such as "../x" or an absolute path.
+    """
+    if not isinstance(name, str) or not name or name in (".", "..") or {"/", "\\", "\0"} & set(name):
+        raise FileError(f"{str(file)!r}: {where} names {name!r:.200}, which is not a file of this folder")
+    return name
+
+
+def as_nan(value: Any) -> Any:
+    """Scores that were read from JSON, with NaN in the place of null."""
+    if isinstance(value, dict):
+        return {key: as_nan(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [as_nan(content) for content in value]
+    return math.nan if value is None else value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: Any) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from upit.examples import Batch
 from upit.head import head_loss, head_losses
@@ -83,13 +83,24 @@ def response_loss(model: PreTrainedModel, batch: Batch, *, body: Body = body_sta
 
 
 @contextmanager
-def ffn_inputs_of(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that enter each FFN, one (B, T, H) tensor a layer, of the passes within."""
+def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the first argument of each call of the modules within."""
     inputs: list[Tensor] = []
-    body: Any = model.model
-    handles = [layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in body.layers]
+    handles = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in modules]
     try:
         yield inputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def ffn_inputs_of(model: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:
+    """Collect the hidden states that enter each FFN, one (B, T, H) tensor a layer, of the passes within."""
+    body: Any = model.model
+    return _inputs_of(layer.mlp for layer in body.layers)
+
+
+def layer_inputs_of(model: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:
+    """Collect the residual stream that enters each decoder layer, one (B, T, H) tensor a layer."""
+    body: Any = model.model
+    return _inputs_of(body.layers)

@@ -63,9 +63,12 @@ def _print_pool(pool: Pool, console: Console) -> None:
         for label, expert in zip(["base", *range(len(experts) - 1)], experts, strict=True)
     ]
     _print_rows(f"Pool {pool.directory}", ["expert", "origin", "file", "dtype", "size", "sha256"], rows, console)
+    if pool.pruned:
+        steps = ", ".join(map(str, pool.pruned))
+        console.print(f"Pruned after the swap: the experts harvested at steps {steps}", soft_wrap=True)
     similarity = pool.directory / "similarity.json"
     if similarity.exists():
-        _print_matrix("Similarity", read_json(similarity), console)
+        _print_matrix("Similarity", read_json(similarity, list), console)
 
 
 def _size(expert: Expert) -> str:
@@ -76,7 +79,7 @@ def _print_checkpoint(path: Path, console: Console) -> None:
     from upit.checkpoints import read_identity
 
     identity = read_identity(path)
-    config = identity.pop("config")
+    config, _ = identity.pop("config"), identity.pop("settings", None)
     rows = [["architecture", config["model_type"]], *([key, value] for key, value in identity.items())]
     _print_rows(f"Checkpoint {path}", ["", ""], rows, console)
 
@@ -87,7 +90,7 @@ def _print_model(path: Path, console: Console, track: Track) -> None:
     from upit.families import MOE_TYPES
     from upit.moe_files import MoEFiles
 
-    config, files = AutoConfig.from_pretrained(path), TensorFiles(path)
+    config, files = AutoConfig.from_pretrained(path, trust_remote_code=False), TensorFiles(path)
     total = sum(math.prod(entry.shape) for entry in files.values())
     rows = [["architecture", config.model_type], ["layers", config.num_hidden_layers], ["hidden", config.hidden_size]]
     rows.append(["parameters", f"{total:,}"])

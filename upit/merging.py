@@ -1,7 +1,8 @@
 """Parameter merging: functions of tensors of any shape, and the strategies made of them.
 
 All but :func:`slerp` and :func:`trim` are elementwise, so a shard merges as the whole does.
-"DARE" and "TIES" differ between libraries; here they are peft's (``peft.utils.merge_utils``), on task vectors.
+"DARE" and "TIES" differ between libraries. Here DARE is peft's (``peft.utils.merge_utils``) and TIES mergekit's with
+``normalize: true``, both on task vectors.
 """
 
 from abc import abstractmethod
@@ -46,8 +47,8 @@ def drop_and_rescale(delta: Tensor, drop_rate: float, mask: Tensor) -> Tensor:
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """Keep the ``density`` share of largest magnitude, set the rest to zero (TIES, arXiv:2306.01708, step 1)."""
-    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
+    """Keep the ``density`` share of largest magnitude, at least one; the rest is zero (arXiv:2306.01708, step 1)."""
+    kept = delta.abs().flatten().topk(max(1, int(density * delta.numel()))).indices
     trimmed = torch.zeros_like(delta).flatten()
     trimmed[kept] = delta.flatten()[kept]
     return trimmed.view_as(delta)
@@ -61,18 +62,19 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def disjoint_merge(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Elect each parameter's sign by the sum of the task vectors, then average those that agree with it.
+    """Elect each parameter's sign by the weighted sum of the task vectors, then average those that agree with it.
 
-    Steps 2 and 3 of TIES (arXiv:2306.01708) as peft has them: signs are elected before the vectors are weighted, and
-    the weighted sum is divided by the number of vectors that agree.
+    Steps 2 and 3 of TIES (arXiv:2306.01708) with weights, as mergekit 0.1.5 has them with ``normalize: true``: the
+    weighted sum of the vectors that agree is divided by the sum of their weights. So a parameter that only one vector
+    keeps is taken as it is, whatever that vector's weight. A vector that is zero there does not take part.
     """
-    stacked = torch.stack(list(deltas))
-    sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
-    agrees = stacked.sign() == sign
-    weighted = stacked * torch.tensor(weights, dtype=stacked.dtype, device=stacked.device).view(
-        -1, *[1] * (stacked.ndim - 1)
-    )
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    shape = (-1, *[1] * deltas[0].ndim)
+    weights_M = torch.tensor(weights, dtype=deltas[0].dtype, device=deltas[0].device).view(shape)
+    weighted = torch.stack(list(deltas)) * weights_M
+    sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+    agrees = weighted.sign() == sign
+    total = (weights_M * agrees).sum(0)
+    return (weighted * agrees).sum(0) / torch.where(total == 0, 1.0, total)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -161,15 +163,12 @@ class Slerp(Merge):
         return (origin + slerp(a, b, weights[1])).to(tensors[0].dtype)
 
 
-class _Ties(Merge):
-    def _disjoint(self, deltas, weights, base, dtype):
-        # weights of mean 1: where the parents agree, the child is their weighted sum, as in the other strategies
-        scaled = [len(weights) * weight for weight in weights]
-        return (base.float() + disjoint_merge(deltas, scaled)).to(dtype)
-
-
-class Ties(_Ties):
+class Ties(Merge):
     """TIES (arXiv:2306.01708): trim the task vectors, elect signs, average what agrees.
+
+    mergekit's ``ties`` (``normalize: true``, its default). The paper has no weights: here they count in the election
+    and in the average. Until November 2026 this was peft's ``ties`` with weights of mean 1, which multiplied a
+    parameter that one parent alone keeps by twice that parent's weight.
 
     Args:
         density: share of each tensor's task vector that is kept, in (0, 1]; 0.2 is that paper's.
@@ -182,7 +181,7 @@ class Ties(_Ties):
 
     def __call__(self, tensors, weights, base, generators):
         deltas = [trim(task_vector(tensor, base), self.density) for tensor in tensors]
-        return self._disjoint(deltas, weights, base, tensors[0].dtype)
+        return (base.float() + disjoint_merge(deltas, weights)).to(tensors[0].dtype)
 
 
 class Dare(Merge):
@@ -205,8 +204,13 @@ class Dare(Merge):
         return dare_linear(tensors, weights, base, drop_rate=self.drop_rate, masks=masks)
 
 
-class DareTies(_Ties):
-    """DARE's random drop in place of TIES' trim, then TIES' signs (peft's ``dare_ties``).
+class DareTies(Merge):
+    """DARE's random drop in place of TIES' trim, then signs and average as in :class:`Ties`.
+
+    mergekit's ``dare_ties`` with ``normalize: true`` (there off by default), but rescaled by ``1 / (1 - p)`` as DARE
+    is, not by the L1 norm. What one parent alone keeps counts in full, so where both parents agree the child moves
+    ``1 + p`` times as far as they do on average. Until November 2026 this was peft's ``dare_ties`` with weights of
+    mean 1.
 
     Args:
         drop_rate: p, in [0, 1); ours.
@@ -221,4 +225,4 @@ class DareTies(_Ties):
         deltas = [
             drop_and_rescale(task_vector(t, base), self.drop_rate, m) for t, m in zip(tensors, masks, strict=True)
         ]
-        return self._disjoint(deltas, weights, base, tensors[0].dtype)
+        return (base.float() + disjoint_merge(deltas, weights)).to(tensors[0].dtype)

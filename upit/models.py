@@ -22,6 +22,7 @@ from upit import attention, experts
 from upit.checkpoints import config_of
 from upit.families import MOE_TYPES, family_of
 from upit.generation import stop_ids
+from upit.rotary import keep_frequencies
 from upit.routers import prepare_routers
 from upit.sources import loading, resolve
 
@@ -52,6 +53,25 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
         config, attn_implementation=attention.NAME, dtype=torch.get_default_dtype()
     )
     return _prepare(model)
+
+
+def from_scratch(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
+    """A model to train from random weights: the same ones on every device, in any number of processes.
+
+    They are drawn on the CPU in float32 and then take torch's default device and dtype.
+
+    Args:
+        seed: of the weights; torch's own generator is left as it was.
+    """
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            model = build(config)
+    finally:
+        torch.set_default_dtype(dtype)
+    return model.to(device=device, dtype=dtype)
 
 
 def rebuild(identity: Mapping[str, Any]) -> PreTrainedModel:
@@ -86,19 +106,22 @@ def load_pretrained(source: str, *, moe: bool = False, trust_remote_code: bool =
         source: see :func:`upit.sources.resolve`.
         moe: expect an exported MoE, not a dense model.
     Raises:
-        ValueError: the architecture is unsupported.
+        ValueError: the architecture is unsupported, or a weight is missing.
         FileNotFoundError: no such source.
     """
     read_config(source, moe=moe, trust_remote_code=trust_remote_code)
     name, kwargs = resolve(source)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         name,
         attn_implementation=attention.NAME,
         dtype=torch.get_default_dtype(),
         trust_remote_code=trust_remote_code,
         use_safetensors=None if kwargs else True,
+        output_loading_info=True,
         **kwargs,
     )
+    if info["missing_keys"]:  # transformers would train on with random ones
+        raise ValueError(f"{source!r} is not complete: tensors {sorted(info['missing_keys'])} are missing")
     if kwargs:  # a GGUF's config carries a quantisation that save_pretrained refuses: start from a clean one
         model = _dequantised(model)
     return _prepare(model)
@@ -115,6 +138,7 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
+    keep_frequencies(model)
     if model.config.model_type in MOE_TYPES:
         experts.use(model)
         prepare_routers(model)

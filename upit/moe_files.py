@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from upit.families import FFN, MOE_TYPES, expert_name, family_of_moe
+from upit.compatibility import check_complete
+from upit.config_files import copy_tokenizer, make_portable
+from upit.families import FFN, MOE_TYPES, expert_name, family_of_moe, is_expert
 from upit.files import Estimate, digest, fresh_directory
 from upit.pool import Expert
 from upit.tensor_files import TensorFiles, write_checkpoint
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")  # files that hold the old router
 Track = Callable[[Iterable[str]], Iterable[str]]
 
 
@@ -22,12 +26,13 @@ class MoEFiles:
 
     Args:
         directory: as ``save_pretrained`` and ``upit upcycle`` write it.
-    Raises: ValueError: it is no MoE of a supported family, or a weight is missing.
+    Raises: ValueError: it is not a MoE of a supported family, or a weight is missing or has another shape than
+        config.json says.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if self.config.model_type not in MOE_TYPES:
             raise ValueError(
                 f"{str(directory)!r} is a {self.config.model_type!r}, no MoE; supported: {sorted(MOE_TYPES)}"
@@ -36,6 +41,21 @@ class MoEFiles:
         self.files = TensorFiles(directory)
         self.num_experts: int = self.config.num_experts
         self.num_layers: int = self.config.num_hidden_layers
+        check_complete(directory, self.files, self._shapes())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, by its name in the files."""
+        dense = self.family.dense_shapes(self.config)
+        shapes = {name: shape for name, shape in dense.items() if not is_expert(name)}
+        with torch.device("meta"):
+            shared = self.family.shared_expert(self.config)
+        for layer in range(self.num_layers):
+            shapes[self.family.router_in_file(layer)] = (self.num_experts, self.config.hidden_size)
+            shapes |= {f"model.layers.{layer}.{name}": tuple(tensor.shape) for name, tensor in shared.items()}
+            for part in FFN:
+                shape = dense[expert_name(layer, part)]
+                shapes |= {self.family.expert_in_file(layer, e, part): shape for e in range(self.num_experts)}
+        return shapes
 
     def router(self, layer: int) -> Tensor:
         """A layer's gate, (E, H)."""
@@ -86,5 +106,7 @@ class MoEFiles:
         with fresh_directory(output, overwrite=overwrite) as directory:
             write_checkpoint(directory, tensors, specs)
             for file in self.directory.iterdir():
-                if file.is_file() and ".safetensors" not in file.name:
+                if file.is_file() and not any(kind in file.name for kind in WEIGHTS):
                     shutil.copy(file, directory / file.name)
+            copy_tokenizer(self.directory, directory)
+            make_portable(directory)

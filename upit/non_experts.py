@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from upit.compatibility import check_config
 from upit.families import is_expert
 from upit.pool import Expert, Rows
 from upit.sharding import local, local_slices, reshard
+from upit.sources import loading
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFileError, TensorFiles, open_tensors
 
@@ -19,6 +21,7 @@ class NonExperts(Strategy):
     """Gives the MoE every parameter that is no expert's."""
 
     of_pool = False  # whether the pool's experts must come with their other parameters
+    overwrites = True  # whether fill changes the dense model at all
 
     def check(self, dense: PreTrainedModel) -> None:
         """Raises: ValueError: what would fail at the swap; called before the run, with the dense model's outline."""
@@ -29,6 +32,7 @@ class NonExperts(Strategy):
         """Overwrite the dense model's non-expert parameters, each rank its own shard.
 
         Args:
+            dense: borrowed with all its parameters, see :func:`upit.placement.borrowed`.
             pool: the experts that expansion starts from.
         """
 
@@ -53,6 +57,8 @@ def _rest_of(expert: Expert) -> Path:
 class Last(NonExperts):
     """Of the dense model at the swap; default ours."""
 
+    overwrites = False
+
     def fill(self, dense, pool):
         pass
 
@@ -75,7 +81,7 @@ class Named(NonExperts):
     """Of a checkpoint on disk.
 
     Args:
-        path: transformers directory with safetensors, of the dense model's architecture.
+        path: transformers directory with safetensors, of the dense model's architecture or of a MoE made from it.
     Raises: ValueError: it holds no weights that can be read.
     """
 
@@ -92,6 +98,9 @@ class Named(NonExperts):
                     f"Named.path={self.path!r}: tensor {name!r} has shape {found}, the dense model's has "
                     f"{tuple(param.shape)}; name a checkpoint of its architecture and vocabulary"
                 )
+        with loading("Named.path", self.path):
+            own = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            check_config(Path(self.path), own, dense.config, moe=True)
 
     def fill(self, dense, pool):
         self.check(dense)

@@ -1,19 +1,18 @@
 """Are the checkpoints specialists? Score each on the held-out domains (arXiv:2410.01610, Figure 2), and measure how
 far they travelled."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from upit.evaluation import domain_losses, evaluate
-from upit.families import is_expert
 from upit.merging import task_vector
+from upit.placement import borrowed
 from upit.pool import Expert
 from upit.scoring import Autocast, load_experts
-from upit.sharding import local
 
 Track = Callable[[Iterable], Iterable]
 HIGHER_IS_BETTER = {"loss": False, "exact_match": True}
@@ -31,7 +30,7 @@ def score_checkpoints(
     """Held-out scores per domain of every checkpoint's FFN in the dense model's other weights, as a MoE would use it.
 
     Args:
-        dense: its FFN is overwritten in turn and then restored.
+        dense: borrowed, see :func:`upit.placement.borrowed`.
         data: see :func:`upit.evaluation.evaluate`.
         exact_match: generate the answers too; takes much longer than the loss.
     Returns: one ``{"step", "epoch", "domains": {name: {"loss"[, "exact_match"]}}}`` a checkpoint.
@@ -49,22 +48,6 @@ def score_checkpoints(
                 }
             scored.append({"step": expert.step, "epoch": expert.epoch, "domains": domains})
     return scored
-
-
-@contextmanager
-def borrowed(dense: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode with an FFN that may be overwritten: it is restored after, bit for bit, each rank its shard."""
-    was_training = dense.training
-    dense.eval()
-    kept = {name: local(p).to("cpu", copy=True) for name, p in dense.named_parameters() if is_expert(name)}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, param in dense.named_parameters():
-                if name in kept:
-                    local(param).copy_(kept[name])
-        dense.train(was_training)
 
 
 def specialist_gain(checkpoints: Sequence[Mapping[str, Any]], metric: str) -> float:

@@ -1,7 +1,7 @@
 """The pool of harvested experts on disk: safetensors files and a manifest, each written beside and renamed."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upit.ahead import ahead
 from upit.families import is_expert
-from upit.files import read_json, write_json
+from upit.files import FileError, check_fields, plain_name, read_json, write_json
 from upit.gpu import CPU
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 
@@ -152,11 +152,31 @@ def is_written(path: Path, fingerprint: str) -> bool:
         return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
+ENTRY = {"file": str, "sha256": str, "dtype": str, "step": int, "epoch": float}  # what a manifest says of an expert
+
+
+def _check_entry(entry: Any, manifest: Path, where: str) -> None:
+    """Raises: FileError: a part of the manifest does not describe an expert of its folder."""
+    check_fields(entry, ENTRY, manifest, where)
+    for name in ("file", "rest"):
+        if name in entry:
+            plain_name(entry[name], manifest, f"{where}.{name}")
+    for name in ("metrics", "origin"):
+        if not isinstance(entry.get(name) or {}, dict):
+            raise FileError(f"{str(manifest)!r}: {where}.{name} is {entry[name]!r:.80}, expected an object")
+
+
+def _name(step: int) -> str:
+    """How the files of a step's expert begin."""
+    return f"step_{step:07d}"
+
+
 class Pool:
     """A directory of harvested experts and the base they started from.
 
     ``manifest.json``: ``{"version", "base": {...}, "experts": [{file, step, epoch, sha256, dtype, base, metrics}]}``;
-    experts that were not harvested here also have an ``origin``.
+    experts that were not harvested here also have an ``origin``. Where experts were pruned, ``pruned`` lists their
+    steps.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -172,9 +192,18 @@ class Pool:
         return pool
 
     def manifest(self) -> dict[str, Any]:
+        """What the pool holds.
+
+        Raises: FileError: manifest.json is damaged, or names a file outside of the pool.
+        """
         if not self.manifest_file.exists():
             return {"version": 1, "base": None, "experts": []}
-        return read_json(self.manifest_file)
+        manifest = read_json(self.manifest_file, dict)
+        check_fields(manifest, {"version": int, "base": dict, "experts": list}, self.manifest_file, "the manifest")
+        _check_entry(manifest["base"], self.manifest_file, "base")
+        for i, entry in enumerate(manifest["experts"]):
+            _check_entry(entry, self.manifest_file, f"experts[{i}]")
+        return manifest
 
     @property
     def base(self) -> Expert:
@@ -210,11 +239,45 @@ class Pool:
             rest: the model's other parameters, where they are wanted too.
         """
         manifest = self.manifest()
-        entry = self._write(f"step_{step:07d}", tensors, rest, {"step": step, "epoch": epoch})
+        entry = self._write(_name(step), tensors, rest, {"step": step, "epoch": epoch})
         entry |= {"base": manifest["base"]["sha256"], "metrics": dict(metrics)}
         others = [other for other in manifest["experts"] if other["step"] != step]
         manifest["experts"] = sorted([*others, entry], key=lambda other: other["step"])
+        manifest["pruned"] = [other for other in manifest.get("pruned", []) if other != step]
+        write_json(self.manifest_file, {key: value for key, value in manifest.items() if key != "pruned" or value})
+
+    @property
+    def pruned(self) -> list[int]:
+        """Steps of the experts that were harvested and then removed."""
+        return self.manifest().get("pruned", [])
+
+    def prune(self, steps: Collection[int]) -> int:
+        """Remove the harvested experts of some steps; the base stays.
+
+        The manifest changes first: interrupted, the next call removes the files that are left.
+
+        Returns: bytes freed.
+        """
+        manifest = self.manifest()
+        manifest["pruned"] = sorted({*manifest.get("pruned", []), *steps})
+        manifest["experts"] = [entry for entry in manifest["experts"] if entry["step"] not in manifest["pruned"]]
         write_json(self.manifest_file, manifest)
+        freed = 0
+        for step in manifest["pruned"]:
+            for file in self.directory.glob(f"{_name(step)}.*"):
+                freed += file.stat().st_size
+                file.unlink()
+        return freed
+
+    def check_steps(self, steps: Iterable[int]) -> None:
+        """Raises: TensorFileError: the pool has no experts of some of these steps."""
+        missing = sorted(set(steps) - {expert.step for expert in self.experts})
+        if missing:
+            why = "were pruned" if set(missing) <= set(self.pruned) else "are not in its manifest.json"
+            raise TensorFileError(
+                f"{str(self.directory)!r}: the experts harvested at steps {missing} {why}, and the swap needs them: "
+                "resume a checkpoint from after the swap, or start a new run"
+            )
 
     def forget_after(self, step: int) -> None:
         """Leave out the experts of later steps: of a future that a resumed run may not have."""

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from upit.export import origin
+from upit.export import exported, origin
 
 
 def print_report(
@@ -43,6 +43,8 @@ def print_report(
     for part in ("report.json", "experts", "upcycling", "growth", "checkpoints", *exports):
         if (run / part).exists():
             console.print(f"{part:12} {run / part}", soft_wrap=True)
+    if "export" in report:
+        console.print(f"{report['export']['directory']}: {exported(report['export'])}", soft_wrap=True)
     console.print(f"TensorBoard: tensorboard --logdir {run}", soft_wrap=True)
     console.print(f"HTML page:   upit report {run} --output {run / 'report.html'}", soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """Score examples under a model, and seed data under every expert.
 
-The dense model in training is the vehicle: each expert's FFN is copied into it in turn, so no second model is
+Each expert's FFN is copied into the dense model in turn, which is borrowed from training, so no second model is
 ever built (Algorithm 3 of UpIT, arXiv:2410.01610).
 """
 
@@ -23,8 +23,10 @@ from upit.distributed import all_sum, broadcast, own_share, rank
 from upit.examples import Batch, Example, collate, length_grouped, to_device
 from upit.families import is_expert, within_layer
 from upit.files import read_json, seeded, write_json
+from upit.finite import NotFiniteError
 from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
+from upit.placement import borrowed
 from upit.pool import READERS, Expert, write_expert
 from upit.seed_data import Assignment
 from upit.sharding import full, local, local_slices
@@ -32,6 +34,7 @@ from upit.tensor_files import Specs
 
 BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
 GPU_BATCH_TOKENS = 32768  # the same where the host takes longer to launch a pass than the GPU to run it; ours
+MAX_LOSS = 700.0  # nats a token, of which the perplexity is still a float64
 STAGED_BYTES = 2**30  # of the tensors of experts that wait on a GPU to be copied into the model; ours
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 def load_experts(dense: PreTrainedModel, experts: Sequence[Expert]) -> Iterator[Expert]:
-    """Copy one expert's FFN weights after the other into a dense model, each rank its own shard; yields it then.
+    """Copy one expert's FFN weights after the other into a borrowed model, each rank its own shard; yields it then.
 
     On a GPU, up to ``STAGED_BYTES`` of the next are read while the caller works with this one, or a few layers where
     those are larger.
@@ -150,17 +153,19 @@ def ffn_inputs_by_example(
     pad_id: int,
     autocast: Autocast = nullcontext,
     track: Callable[[Iterable], Iterable] = lambda batches: batches,
+    inputs_of: Callable[[PreTrainedModel], AbstractContextManager[list[Tensor]]] = ffn_inputs_of,
 ) -> Iterator[tuple[int, Tensor]]:
     """What enters the FFN of each layer at each token of an example; a collective.
 
-    Args: as for :class:`SeedBatches`; ``track`` wraps the batches, for a progress bar.
+    Args: as for :class:`SeedBatches`; ``track`` wraps the batches, for a progress bar; ``inputs_of`` collects the
+        states, by default those that enter the FFNs.
     Yields: the index of an example of this rank's share, and its (D, N, H) hidden states.
     """
     device = next(dense.parameters()).device
     lengths = {index: len(dataset[index]["input_ids"]) for index in indices}
     for group, counts in track(own_share(length_grouped(indices, lengths, max_tokens=BATCH_TOKENS))):
         batch = to_device(collate([[index] for index in group], dataset, pad_id=pad_id), device)
-        with autocast(), ffn_inputs_of(dense) as inputs:
+        with autocast(), inputs_of(dense) as inputs:
             response_states(dense, batch)
         for row, index in enumerate(group if counts else []):
             yield index, torch.stack([h_BTH[row, : lengths[index]] for h_BTH in inputs])
@@ -191,7 +196,7 @@ class SeedScorer:
     what was found under the same examples and the same other weights of the dense model.
 
     Args:
-        dense: model in evaluation mode; its FFN is overwritten.
+        dense: borrowed while experts are scored, see :func:`upit.placement.borrowed`.
         indices: seed examples in ``data.train_set``.
         data: data module, for ``train_set`` and ``tokenizer``.
         file: JSON with example ids, domains, perplexity per expert, and the assigned expert.
@@ -219,15 +224,26 @@ class SeedScorer:
         """Perplexity of each expert on each seed example."""
         columns = self.seen["columns"]
         missing = {expert.sha256: expert for expert in experts if expert.sha256 not in columns}
-        loading = load_experts(self.dense, list(missing.values()))
-        for expert in track(experts):
-            if expert.sha256 not in columns:
-                next(loading)
-                loss_S, tokens_S = score_examples(self.dense, self._batches, autocast=self.autocast)
-                columns[expert.sha256] = (loss_S / tokens_S).exp().tolist()
-                if rank() == 0:
-                    write_json(self.file, self.seen, indent=None)
+        with borrowed(self.dense) if missing else nullcontext():
+            loading = load_experts(self.dense, list(missing.values()))
+            for expert in track(experts):
+                if expert.sha256 not in columns:
+                    next(loading)
+                    columns[expert.sha256] = self._perplexity(expert)
+                    if rank() == 0:
+                        write_json(self.file, self.seen, indent=None)
         return [columns[expert.sha256] for expert in experts]
+
+    def _perplexity(self, expert: Expert) -> list[float]:
+        """Perplexity on each seed example of the expert that stands in the dense model."""
+        loss_S, tokens_S = score_examples(self.dense, self._batches, autocast=self.autocast)
+        losses_S = loss_S / tokens_S
+        if not losses_S.isfinite().all():
+            raise NotFiniteError(
+                f"{str(expert.file)!r}: this expert's loss on a seed example is NaN or infinite: its weights are "
+                "broken, or trainer.precision is too narrow for it. Leave it out, or choose another merge"
+            )
+        return losses_S.clamp(max=MAX_LOSS).exp().tolist()
 
     @cached_property
     def _batches(self) -> SeedBatches:

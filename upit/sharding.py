@@ -53,6 +53,17 @@ def local(param: Tensor) -> Tensor:
     return param.to_local() if _is_sharded(param) else param
 
 
+def with_local(param: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor that is sharded as ``param`` is, of which this rank holds ``tensor``; shares its memory if it can."""
+    if not _is_sharded(param):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        tensor, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
 def full(param: Tensor) -> Tensor:
     """The whole parameter, detached. A collective for a DTensor: every rank must call it in the same order."""
     param = param.detach()

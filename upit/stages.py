@@ -32,6 +32,7 @@ def upcycle(
     assignment: Assignment | None = None,
     seed: int = 0,
     max_shard_gb: float = 5.0,
+    untie: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Assemble dense checkpoints into a Mixture-of-Experts that stock transformers loads, tensor by tensor.
@@ -49,6 +50,7 @@ def upcycle(
         assignment: who gets which seed example; default LowestPerplexity.
         seed: of all that is drawn.
         max_shard_gb: size of a weight file, GB.
+        untie: write a head of its own where it is tied to the embedding; some clients need one (docs/clients.md).
         overwrite: replace what is at the output.
     """
     import torch
@@ -66,7 +68,7 @@ def upcycle(
     if not overwrite:
         check_output(target)
     conversion = Conversion(
-        Path(base), all_experts(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None
+        Path(base), all_experts(experts), top_k=top_k, dtype=getattr(torch, dtype) if dtype else None, untie=untie
     )
     router = router or Random()
     estimate = learning_estimate(router, conversion.base, len(conversion.experts)).then(conversion.estimate())
@@ -216,12 +218,13 @@ def init_router(
         seed: of all that is drawn.
         overwrite: replace what is at the output.
     """
+    import json
+
     from transformers import AutoConfig
 
+    from upit.compatibility import architecture, check_config
     from upit.files import Estimate, check_output, fresh_directory
-    from upit.models import outline
     from upit.moe_files import MoEFiles
-    from upit.non_experts import Named
     from upit.router_init import RoutingVectors
     from upit.router_init.standalone import dense_model, initialise, learning_estimate, work_beside
     from upit.stage_inputs import all_experts, base_at, check_apart, check_experts
@@ -235,10 +238,11 @@ def init_router(
         check_output(target)
     files = MoEFiles(Path(moe)) if moe else None
     found = [files.expert(e) for e in range(files.num_experts)] if files else all_experts(experts or [])
-    config, dense, router = AutoConfig.from_pretrained(base), base_at(base), router or RoutingVectors()
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    dense, router = base_at(base), router or RoutingVectors()
     check_experts(found, dense)
-    if moe:
-        Named(moe).check(outline(config))
+    if files:
+        check_config(files.directory, files.config, config, moe=True)
     size = 4 * config.num_hidden_layers * len(found) * config.hidden_size
     estimate = learning_estimate(router, dense.tensors, len(found)).then(
         files.estimate() if files else Estimate(size, size)
@@ -264,7 +268,8 @@ def init_router(
     else:
         with fresh_directory(target, overwrite=overwrite) as directory:
             specs = {"router": (router_DEH.dtype, tuple(router_DEH.shape))}
-            write_tensors(directory / "router.safetensors", [("router", router_DEH)], specs)
+            metadata = {"architecture": json.dumps(architecture(config))}
+            write_tensors(directory / "router.safetensors", [("router", router_DEH)], specs, metadata)
     print(f"Wrote {output}")
 
 

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from upit.files import read_json, write_json
+from upit.artefacts import read_report
+from upit.files import write_json
+from upit.run_directory import RUN_DIR, InUseError, check_free
 
 METRICS = ("loss", "exact_match")
 
@@ -73,8 +75,7 @@ def _options(configs: Sequence[Path]) -> list[str]:
 
 def final_scores(run: Path) -> dict[str, float] | None:
     """Average scores at the end of a run; None before it is finished."""
-    file = run / "report.json"
-    report = read_json(file) if file.exists() else {}
+    report = read_report(run) or {}
     return list(report["stages"].values())[-1]["average"] if report.get("finished") else None
 
 
@@ -89,8 +90,13 @@ def fit(cell: Cell, log: Path | None = None) -> bool:
 
     Args:
         log: file that takes what the run prints; default the terminal.
-    Returns: whether it finished.
+    Returns: whether it finished; False where another fit is running in its directory.
     """
+    try:
+        check_free(cell.run)
+    except InUseError as error:
+        print(error, file=sys.stderr)
+        return False
     command = [sys.executable, "-m", "upit", "fit", *cell.arguments]
     command += ["--seed_everything", str(cell.seed), "--trainer.default_root_dir", str(cell.run)]
     checkpoint = last_checkpoint(cell.run)
@@ -98,7 +104,7 @@ def fit(cell: Cell, log: Path | None = None) -> bool:
         command += ["--ckpt_path", str(checkpoint)]
     elif cell.run.exists():
         shutil.rmtree(cell.run)
-    environment = {name: value for name, value in os.environ.items() if name != "UPIT_RUN_DIR"}  # each has its own
+    environment = {name: value for name, value in os.environ.items() if name != RUN_DIR}  # each has its own
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if log is None else log.open("w") as stream:

@@ -11,46 +11,41 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from upit.files import digest, write_json
+from upit.files import digest, plain_name, read_json, write_json
 from upit.gpu import CPU, beside
+from upit.tensor_header import DTYPES, Entry, TensorFileError, read_header
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-class TensorFileError(ValueError):
-    """A tensor file is missing, truncated, changed, or holds another tensor than it should."""
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # byte in the file
 
 
 class TensorFiles(Mapping[str, Entry]):
     """The tensors of one safetensors file, or of a checkpoint directory with one file or sharded ones.
 
-    Raises: TensorFileError: a file is missing or truncated, or holds a dtype that is no float.
+    Raises: TensorFileError: a file is missing or damaged, or holds a dtype that is not a float's; or the index of a
+        sharded checkpoint names a tensor or a file that is not there.
     """
 
     def __init__(self, path: Path) -> None:
         self._entries: dict[str, Entry] = {}
         self._finite: set[str] = set()  # tensors that have been read as a whole
-        for file in _files(path):
-            self._entries.update(_read_header(file))
+        for file, expected in _files(path).items():
+            entries, _ = read_header(file)
+            missing = sorted(expected - entries.keys())
+            if missing:
+                raise TensorFileError(f"{file}: tensor {missing[0]!r} is missing, though {INDEX} lists it here")
+            twice = sorted(entries.keys() & self._entries.keys())
+            if twice:
+                raise TensorFileError(f"{file}: tensor {twice[0]!r} is also in {self._entries[twice[0]].file}")
+            self._entries.update(entries)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -254,37 +249,24 @@ def _header(specs: Specs, metadata: Mapping[str, str]) -> bytes:
     return len(head).to_bytes(8, "little") + head
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> dict[Path, set[str]]:
+    """The files at a path, and the tensors that an index says each one holds."""
     if not path.is_dir():
-        return [path]
-    if (path / INDEX).exists():
-        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-        return [path / name for name in sorted(set(weight_map.values()))]
+        return {path: set()}
+    index = path / INDEX
+    if index.exists():
+        weight_map = read_json(index, dict).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TensorFileError(f"{str(index)!r} has no weight_map of tensors to files")
+        files: dict[Path, set[str]] = {}
+        for name, file in sorted(weight_map.items(), key=str):
+            files.setdefault(path / plain_name(file, index, "weight_map"), set()).add(name)
+        return dict(sorted(files.items()))
     if not (path / SINGLE).exists():
         raise TensorFileError(
             f"{str(path)!r} holds neither {SINGLE} nor {INDEX}; pickled weights are not read: save it as safetensors"
         )
-    return [path / SINGLE]
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length < file.stat().st_size else {}
-    except (OSError, ValueError) as error:
-        raise TensorFileError(f"tensor file {str(file)!r} can't be read: {error}") from error
-    header.pop("__metadata__", None)
-    end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
-    if not header or file.stat().st_size != 8 + length + end:
-        raise TensorFileError(f"tensor file {str(file)!r} is truncated, or no safetensors file")
-    entries = {}
-    for name, fields in header.items():
-        if fields["dtype"] not in _DTYPES:
-            raise TensorFileError(f"{file}: tensor {name!r} has dtype {fields['dtype']}; supported: {sorted(_DTYPES)}")
-        start = 8 + length + fields["data_offsets"][0]
-        entries[name] = Entry(file, _DTYPES[fields["dtype"]], tuple(fields["shape"]), start)
-    return entries
+    return {path / SINGLE: set()}
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -37,7 +37,7 @@ def upcycle(moe: PreTrainedModel, source: PreTrainedModel, experts: Sequence[Exp
         elif name in others:
             target.copy_(local(others[name]))
         elif part in shared_expert:
-            target.zero_()
+            target.copy_(shared_expert[part][where])
         else:
             raise KeyError(f"no source for the MoE's parameter {name!r}")
 

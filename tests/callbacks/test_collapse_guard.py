@@ -66,6 +66,9 @@ def test_resumes_within_a_window(fit, tmp_path):
     assert torch.equal(again.load.counts_DE, whole.load.counts_DE)
     for ours, theirs in zip(resumed.state_dict().values(), module.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+    anew, module = fit(CollapseGuard(**settings), tmp_path / "checkpoints/step=7.ckpt", load_balancing_weight=0.3)
+    assert module.moe.load_balancing_weight == pytest.approx(0.6), "raised from the weight of now"
+    assert anew.global_step == 9
 
 
 def test_refuses_to_raise_nothing(fit):
@@ -102,6 +105,6 @@ def test_refuses(wrong):
 
 def test_a_window_does_not_reach_back_before_a_growth():
     guard = CollapseGuard()
-    guard.load_state_dict({"looked_at": 0, "counts_DE": torch.ones(2, 4), "weight": None})
+    guard.load_state_dict({"looked_at": 0, "counts_DE": torch.ones(2, 4), "weight": None, "raised_from": None})
     guard.on_growth_end(SimpleNamespace(global_step=7), None, None)
-    assert guard.state_dict() == {"looked_at": 7, "counts_DE": None, "weight": None}
+    assert guard.state_dict() == {"looked_at": 7, "counts_DE": None, "weight": None, "raised_from": None}

@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 
 from callbacks import ExpertGrowth
+from callbacks.event import MissedEventError
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from upit.selection import Best
@@ -82,9 +83,11 @@ def test_a_run_resumed_without_its_harvest_is_refused_before_it_trains(finished,
     assert trainer.global_step == 7
 
 
-def test_a_fit_that_ends_before_its_growth_says_so(make_data, tmp_path):
+def test_a_fit_that_ends_before_its_growth_fails(make_data, tmp_path):
     stop = EarlyStopping("moe/val_loss", strict=False, patience=0, min_delta=99.0)
     others = make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False)
     settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1}
-    with pytest.warns(UserWarning, match="ended at step 8, before the growth at step 9.*raise its patience"):
+    with pytest.raises(
+        MissedEventError, match=r"ended at optimizer step 8, before the growth at step 9\..*raise its patience"
+    ):
         fit(tmp_path, make_data(), [ExpertGrowth(at_step=9, num_experts=5), *others, stop], **settings)

@@ -1,44 +1,39 @@
 """Harvest: at which steps, on what boundaries, and what happens when writing fails or a run resumes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
 
-from callbacks import ExpertHarvest, harvest
-from tests.conftest import every_step_checkpoints, make_module, make_trainer
+from callbacks import ExpertGrowth, ExpertHarvest, harvest
+from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from upit.inspection import inspect
 from upit.pool import Pool
 
 
 @pytest.mark.parametrize(
-    ("settings", "until", "steps_per_epoch", "points"),
+    ("settings", "epochs", "steps_per_epoch", "points"),
     [
-        ({}, 40, 20, [5, 10, 15, 20, 25, 30, 35, 40]),
-        ({}, 20, 10, [2, 5, 8, 10, 12, 15, 18, 20]),
-        ({}, 39, 20, [5, 10, 15, 20, 25, 30, 35]),
-        ({"every_n_epochs": 0.3}, 10, 10, [3, 6, 9]),
-        ({"every_n_epochs": 0.1}, 10, 100, [10]),
-        ({"every_n_epochs": 1 / 3}, 30, 10, [3, 7, 10, 13, 17, 20, 23, 27, 30]),
-        ({"every_n_epochs": 0.25}, 4, 2, [1, 2, 3, 4]),
-        ({"every_n_steps": 3}, 10, 20, [3, 6, 9]),
-        ({"every_n_steps": 11}, 10, 20, []),
-        ({"at_steps": [7, 3, 3, 50]}, 10, 20, [3, 7]),
+        ({}, 2, 20, [5, 10, 15, 20, 25, 30, 35, 40]),
+        ({}, 2, 10, [3, 5, 8, 10, 13, 15, 18, 20]),
+        ({}, 39 / 20, 20, [5, 10, 15, 20, 25, 30, 35]),
+        ({"every_n_epochs": 0.3}, 1, 10, [3, 6, 9]),
+        ({"every_n_epochs": 0.34}, 1, 10, [3, 7]),  # the third, at 1.02 epochs, would round to step 10 too
+        ({"every_n_epochs": 0.1}, 0.1, 100, [10]),
+        ({"every_n_epochs": 1 / 3}, 3, 10, [3, 7, 10, 13, 17, 20, 23, 27, 30]),
+        ({"every_n_epochs": 0.25}, 2, 2, [1, 1, 2, 2, 3, 3, 4, 4]),
+        ({"every_n_steps": 3}, 0.5, 20, [3, 6, 9]),
+        ({"every_n_steps": 5}, 0.5, 20, [5, 10]),
+        ({"every_n_steps": 11}, 0.5, 20, []),
+        ({"at_steps": [7, 3, 3, 50]}, 0.5, 20, [3, 3, 7]),
     ],
 )
-def test_points(settings, until, steps_per_epoch, points):
-    assert ExpertHarvest(**settings).points(until=until, steps_per_epoch=steps_per_epoch) == points
-
-
-@pytest.mark.parametrize("interval", [0.1, 0.2, 0.25, 0.3, 1 / 3, 0.7])
-@pytest.mark.parametrize("steps_per_epoch", [10, 37, 1000])
-def test_whole_epochs_lose_no_point_to_rounding(interval, steps_per_epoch):
-    epochs = 3
-    found = ExpertHarvest(every_n_epochs=interval).points(
-        until=epochs * steps_per_epoch, steps_per_epoch=steps_per_epoch
-    )
-    assert len(found) == int(round(epochs / interval, 6))
-    assert found[-1] <= epochs * steps_per_epoch
+def test_points(settings, epochs, steps_per_epoch, points):
+    assert ExpertHarvest(**settings).points(epochs, steps_per_epoch=steps_per_epoch) == points
 
 
 @pytest.mark.parametrize(
@@ -164,10 +159,11 @@ def test_a_resumed_run_still_knows_the_metrics_of_before(make_data, tmp_path):
 
 
 def test_experts_of_an_abandoned_future_are_forgotten(make_data, tmp_path):
-    """A run resumed with other points must not upcycle experts that its own past never had."""
+    """A resumed run that ends earlier must not upcycle experts that its own past never had."""
     fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=1))
-    fit(tmp_path, make_data(), ExpertHarvest(at_steps=[1, 6]), ckpt_path=tmp_path / "checkpoints/step=2.ckpt")
-    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 2, 6]
+    resumed = {"ckpt_path": tmp_path / "checkpoints/step=2.ckpt", "max_steps": 4}
+    fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=1), **resumed)
+    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 2, 3, 4]
 
 
 def test_a_run_resumed_away_from_its_experts_is_refused(make_data, tmp_path):
@@ -183,3 +179,91 @@ def test_a_module_that_cannot_upcycle_is_refused(make_data, tmp_path):
 
     with pytest.raises(TypeError, match=r"ExpertHarvest needs a module that passes from dense to MoE.*DenseModule"):
         fit(tmp_path, make_data(), ExpertHarvest(), module=DenseModule(config=TINY))
+
+
+class StepsAtGrowth(Callback):
+    def on_growth_start(self, trainer, module, growth):
+        self.steps = [expert.step for expert in Pool.load(Path(trainer.default_root_dir) / "experts").experts]
+
+
+def fit_with_swap(run, data, keep, *, saves=True, **kwargs):
+    """Three harvests, of which the last two become the experts; a swap, and a growth in the next epoch."""
+    watch = StepsAtGrowth()
+    callbacks = make_callbacks({"every_n_steps": 1, "keep": keep}, {"at_step": 3}, report=False)
+    saving = every_step_checkpoints(run)
+    if not saves:
+        saving = ModelCheckpoint(run / "checkpoints", every_n_train_steps=100)
+    settings = {"logger": False, "limit_train_batches": 4, "max_steps": 6}
+    trainer = make_trainer(run, [*callbacks, ExpertGrowth(at_step=5), watch, saving], **settings)
+    trainer.fit(make_module(num_experts=2), datamodule=data, weights_only=True, **kwargs)
+    return trainer.lightning_module.state_dict(), watch.steps
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("used", [2, 3]), ("none", [])])
+def test_experts_are_pruned_once_a_checkpoint_does_without_them(make_data, tmp_path, keep, kept, capsys, caplog):
+    run = tmp_path / "run"
+    lost = r"step=1\.ckpt, step=2\.ckpt, step=3\.ckpt$"
+    with pytest.warns(UserWarning, match=rf"keep={keep} removed experts that the swap needs, .* {lost}"):
+        weights, at_growth = fit_with_swap(run, make_data(), keep)
+    assert at_growth == kept, "the growth does without them"
+    pool = Pool.load(run / "experts")
+    pool.verify()
+    pruned = [step for step in (1, 2, 3) if step not in kept]
+    assert ([expert.step for expert in pool.experts], pool.pruned) == (kept, pruned)
+    freed = len(pruned) * (run / "experts/base.safetensors").stat().st_size / 1e6
+    assert f"removed the experts harvested at steps {pruned}, {freed:,.1f} MB freed" in caplog.text
+    names = {"manifest.json", "base.safetensors", *(f"step_{step:07d}.safetensors" for step in kept)}
+    assert {file.name for file in (run / "experts").iterdir()} == names
+    inspect(run, Console(width=200))
+    assert (
+        f"Pruned after the swap: the experts harvested at steps {', '.join(map(str, pruned))}"
+        in capsys.readouterr().out
+    )
+
+    again, _ = fit_with_swap(run, make_data(), keep, ckpt_path=run / "checkpoints/step=5.ckpt")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    with pytest.raises(ValueError, match=r"harvested at steps \[1.*\] were pruned, and the swap needs them: resume a"):
+        fit_with_swap(run, make_data(), keep, ckpt_path=run / "checkpoints/step=3.ckpt")
+
+
+def test_all_experts_stay_by_default_or_while_no_checkpoint_does_without_them(make_data, tmp_path):
+    fit_with_swap(tmp_path / "all", make_data(), "all")
+    assert [expert.step for expert in Pool.load(tmp_path / "all/experts").experts] == [1, 2, 3]
+    with pytest.warns(
+        UserWarning, match="keep=none removed nothing: the fit has left no checkpoint from after the swap"
+    ):
+        _, at_growth = fit_with_swap(tmp_path / "none", make_data(), "none", saves=False)
+    assert at_growth == [1, 2, 3]
+    assert [expert.step for expert in Pool.load(tmp_path / "none/experts").experts] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_an_abandoned_swap_does_not_count(make_data, tmp_path):
+    """It holds another MoE than the run's."""
+    fit_with_swap(tmp_path, make_data(), "all")
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoints/step={step}.ckpt").unlink()
+    with pytest.warns(UserWarning, match="removed nothing"):
+        fit_with_swap(tmp_path, make_data(), "none", saves=False)
+
+
+def test_pruning_that_was_interrupted_is_completed(make_data, tmp_path, monkeypatch):
+    fit(tmp_path, make_data(), ExpertHarvest(every_n_steps=2))
+    pool = Pool.load(tmp_path / "experts")
+    size = (tmp_path / "experts/step_0000002.safetensors").stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", no)
+        with pytest.raises(OSError, match="no"):
+            pool.prune([2])
+    pool.verify()
+    assert [expert.step for expert in pool.experts] == [4, 6]
+    assert pool.prune([4]) == 2 * size
+    assert sorted(file.name for file in (tmp_path / "experts").glob("step*")) == ["step_0000006.safetensors"]
+
+
+def no(*args):
+    raise OSError("no")
+
+
+def test_another_keep_is_refused():
+    with pytest.raises(ValueError, match=r"ExpertHarvest\.keep=2 must be all, used or none"):
+        ExpertHarvest(keep=2)

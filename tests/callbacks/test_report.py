@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from callbacks import RunReport
@@ -20,13 +22,69 @@ def test_a_dense_fit_alone_reports_base_and_dense_and_exports(make_data, tmp_pat
     assert [scores["step"] for scores in report["stages"].values()] == [0, 2]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in module.lm.state_dict().items())
-    assert "Held-out loss" in capsys.readouterr().out
+    said = "The weights are the last ones of the run, of step 2"
+    out = capsys.readouterr().out
+    assert "Held-out loss" in out
+    assert f"export: {said}\n" in out
+    assert f"{said}.\n" in (tmp_path / "export/README.md").read_text()
+    assert report["export"] == {"directory": "export", "weights": "last", "step": 2}
 
 
 def test_the_export_can_be_left_out(make_data, tmp_path):
-    trainer = make_trainer(tmp_path, [RunReport(export=False)], max_steps=1, logger=False)
+    trainer = make_trainer(tmp_path, [RunReport(export="none")], max_steps=1, logger=False)
     trainer.fit(DenseModule(config=TINY), datamodule=make_data())
     assert not (tmp_path / "export").exists()
+
+
+def test_the_best_checkpoint_is_exported(make_data, tmp_path, capsys):
+    """The rate is so high that the first validation after the swap is the best."""
+    ranked = ModelCheckpoint(tmp_path / "elsewhere", monitor="moe/val_loss", mode="min", save_top_k=1)
+    harvest, upcycling = make_callbacks({"every_n_steps": 1}, {"at_step": 2}, report=False)
+    module = make_module(lr=1.0)
+    settings = {"max_steps": 6, "val_check_interval": 3, "logger": False}
+    chosen = [harvest, upcycling, RunReport(export="best"), ranked]
+    make_trainer(tmp_path, chosen, **settings).fit(module, datamodule=make_data())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["export"] == {
+        "directory": "export",
+        "weights": "best",
+        "step": 3,
+        "checkpoint": ranked.best_model_path,
+        "monitor": "moe/val_loss",
+        "value": float(ranked.best_model_score),
+    }
+    state = torch.load(ranked.best_model_path, weights_only=True)["state_dict"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    assert all(torch.equal(tensor, state[f"moe.model.{name}"]) for name, tensor in model.items())
+    assert not torch.equal(model["model.norm.weight"], module.lm.model.norm.weight), "the last weights are others"
+    said = f"The weights are those of step 3, the best checkpoint by moe/val_loss ({ranked.best_model_score:.4f})"
+    assert said in (tmp_path / "export/README.md").read_text()
+    assert "| final |" not in (tmp_path / "export/README.md").read_text(), "the scores of other weights"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"monitor": "val/loss"}, {}, {"monitor": "moe/val_loss", "save_top_k": 0}])
+def test_the_best_needs_a_checkpoint_callback_that_ranks_moes(make_data, tmp_path, settings):
+    chosen = [*make_callbacks(report=False), RunReport(export="best"), ModelCheckpoint(tmp_path, **settings)]
+    with pytest.raises(
+        ValueError, match=r"RunReport\.export=best .* add one with monitor: moe/val_loss, or set export"
+    ):
+        make_trainer(tmp_path, chosen, logger=False).fit(make_module(), datamodule=make_data())
+    assert not (tmp_path / "experts").exists()
+
+
+def test_without_a_best_checkpoint_the_last_weights_are_exported(make_data, tmp_path):
+    ranked = ModelCheckpoint(tmp_path, monitor="dense/val_loss")
+    trainer = make_trainer(tmp_path, [RunReport(export="best"), ranked], max_steps=1, logger=False)
+    with pytest.warns(UserWarning, match=r"ModelCheckpoint\(monitor='dense/val_loss'\) has saved no checkpoint"):
+        trainer.fit(DenseModule(config=TINY), datamodule=make_data())
+    assert json.loads((tmp_path / "report.json").read_text())["export"]["weights"] == "last"
+    assert (tmp_path / "export/config.json").exists()
+
+
+def test_another_export_is_refused():
+    with pytest.raises(ValueError, match=r"RunReport\.export=True must be last, best or none"):
+        RunReport(export=True)
 
 
 def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_beside(

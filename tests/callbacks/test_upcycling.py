@@ -1,23 +1,28 @@
 """The swap: what is refused before training, on which boundary it happens, and whom it tells."""
 
 import csv
+import json
 import shutil
+import warnings
 from contextlib import nullcontext
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 
-from callbacks import ExpertHarvest, Upcycling
+from callbacks import ExpertGrowth, ExpertHarvest, Upcycling
+from callbacks.event import MissedEventError
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
 from tests.upit.tiny import dense_model
 from upit.expert_sources import Checkpoints
 from upit.non_experts import Named
+from upit.pool import Pool
 from upit.router_init import FromFile, RoutingVectors
 from upit.seed_data import LowestPerplexity
 from upit.selection import Best, Last
@@ -122,12 +127,17 @@ def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
 
 
 @pytest.mark.parametrize(("step", "refused"), [(4, True), (9, False)], ids=["dense", "moe"])
-def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(finished, make_data, tmp_path, step, refused):
+def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(
+    finished, make_data, tmp_path, monkeypatch, step, refused
+):
+    def check(*_):
+        raise ValueError("the files that it came from are gone")
+
     shutil.copytree(finished[0], tmp_path / "run")
-    callbacks = make_callbacks(upcycling={"parents": Best("val/los")}, report=False)
-    trainer = make_trainer(tmp_path / "run", callbacks, logger=False)
+    monkeypatch.setattr("callbacks.upcycling.check_choices", check)
+    trainer = make_trainer(tmp_path / "run", make_callbacks(report=False), logger=False)
     trainer.ckpt_path = tmp_path / f"run/checkpoints/step={step}.ckpt"  # as the command line does
-    with pytest.raises(ValueError, match=r"Best\.metric") if refused else nullcontext():
+    with pytest.raises(ValueError, match="are gone") if refused else nullcontext():
         trainer.fit(make_module(), datamodule=make_data(), weights_only=True)
 
 
@@ -143,11 +153,36 @@ def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
     assert trainer.lightning_module.phase == "moe"
 
 
-def test_a_fit_that_ends_before_its_swap_says_so(make_data, tmp_path):
-    stop = EarlyStopping("dense/val_loss", patience=0, min_delta=99.0)
-    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}, report=False), stop]
-    with pytest.warns(UserWarning, match="ended at step 4, before the upcycling at step 5"):
-        fit(tmp_path, make_data(), callbacks, limit_train_batches=2, max_epochs=6, max_steps=-1)
+def test_a_fit_that_ends_before_its_swap_fails(make_data, tmp_path):
+    stop = EarlyStopping("val/loss", patience=0, min_delta=99.0)
+    save = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [*make_callbacks({"every_n_steps": 2}, {"at_step": 5}), stop, save]
+    settings = {"limit_train_batches": 2, "max_epochs": 6, "max_steps": -1, "enable_checkpointing": True}
+    message = (
+        r"ended at optimizer step 4, before the upcycling at step 5\..* EarlyStopping: let it watch .*"
+        r"To go on: --ckpt_path .*checkpoints/step=4\.ckpt"
+    )
+    with pytest.raises(MissedEventError, match=message):
+        fit(tmp_path, make_data(), callbacks, **settings)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["stages"]) == ["base"]
+    assert "finished" not in report
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("due", ["upcycling", "growth"])
+def test_a_fit_that_is_stopped_before_an_event_fails(make_data, tmp_path, due):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == (3 if due == "upcycling" else 7)
+
+    growth = [ExpertGrowth(at_step=8)] if due == "growth" else [Timer("00:00:10:00")]
+    callbacks = [Stop(), *growth, *make_callbacks(report=False)]
+    hint = r"a callback that sets trainer\.should_stop" if due == "growth" else r"trainer\.max_time: raise it"
+    with pytest.raises(
+        MissedEventError, match=rf"before the {due} at step \d\. .*: {hint}\. No checkpoint was written"
+    ):
+        fit(tmp_path, make_data(), callbacks)
 
 
 def test_early_stopping_on_a_metric_of_the_moe(make_data, tmp_path):
@@ -205,6 +240,47 @@ def test_a_fraction_of_an_epoch_and_its_validation(make_data, tmp_path):
     assert watch.validations == ["dense", "moe"]
 
 
+def test_a_harvest_at_the_swaps_own_epoch_is_at_its_step_and_the_first_lines_say_so(make_data, tmp_path, capsys):
+    """Half of 5 steps rounds up for the harvest and the swap alike."""
+    chosen = make_callbacks({"every_n_epochs": 0.25}, {"at_epoch": 0.5, "at_step": None}, report=False)
+    chosen += [ExpertGrowth(at_epoch=0.7)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ask for .* harvests")
+        trainer = fit(tmp_path, make_data(), chosen, max_epochs=1, max_steps=-1, limit_train_batches=5)
+    assert [expert.step for expert in Pool.load(tmp_path / "experts").experts] == [1, 3]
+    module, data = trainer.lightning_module, trainer.datamodule
+    rows = f"{len(data.train_set)} training examples, {len(data.rows)} packed rows"
+    assert (module.swap_step, module.growth_step) == (3, 4)
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"{rows}, 5 optimizer steps an epoch, 5 optimizer steps in all",
+        "2 harvest points, after steps 1, 3",
+        "swap after step 3",
+        "growth after step 4",
+    ]
+
+
+def test_harvests_that_fall_on_one_step_are_counted_before_training(make_data, tmp_path, capsys):
+    settings = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3}
+    callbacks = make_callbacks({"every_n_epochs": 0.125}, {"at_epoch": 1.0, "at_step": None}, report=False)
+    module = make_module(num_experts=2)
+    with (
+        pytest.raises(RuntimeError, match="stopped here"),
+        pytest.warns(UserWarning, match=r"ask for 8 harvests, but they fall on 3 different .* An epoch has 3 steps"),
+    ):
+        fit(tmp_path, make_data(), [*callbacks, StopAt("on_train_start")], module=module, **settings)
+    assert "3 harvest points, after steps 1, 2, 3\n" in capsys.readouterr().out
+
+
+class StopAt(Callback):
+    """Interrupt the fit at a hook."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.stop)
+
+    def stop(self, *args):
+        raise RuntimeError("stopped here")
+
+
 def test_the_new_parameters_are_those_that_the_optimizer_moves(make_data, tmp_path):
     callbacks = make_callbacks({"every_n_steps": 2}, {"at_step": 4}, report=False)
     trainer = fit(tmp_path, make_data(), callbacks, max_steps=6)
@@ -244,3 +320,27 @@ def test_any_expert_rate_and_router_gives_a_moe_that_trains(make_data, tmp_path)
         trainer = fit(run, make_data(), callbacks, max_steps=7)
         assert trainer.lightning_module.phase == "moe"
         assert all(torch.isfinite(param).all() for param in trainer.lightning_module.parameters())
+
+
+def test_seeds_are_those_of_the_run_that_starts_and_not_of_the_constructors(make_data, tmp_path):
+    class Started(Exception):  # noqa: N818
+        pass
+
+    class Stop(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise Started
+
+    L.seed_everything(1, verbose=False)
+    events = [
+        ExpertGrowth(at_step=8),
+        Upcycling(at_step=6, seed_fraction=0.1),
+        Upcycling(at_step=6, seed_fraction=0.1, seed=5),
+    ]
+    for seed in (2, 3):
+        for upcycling, drawn in ((events[1], seed), (events[2], 5)):
+            module = make_module()
+            L.seed_everything(seed, verbose=False)
+            callbacks = [events[0], upcycling, ExpertHarvest(every_n_steps=3), Stop()]
+            with pytest.raises(Started):
+                fit(tmp_path, make_data(), callbacks, module=module)
+            assert (upcycling.seed, events[0].seed) == (drawn, seed + 1)

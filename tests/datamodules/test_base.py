@@ -93,21 +93,21 @@ def test_the_order_is_another_in_each_epoch_and_the_same_in_each_run(make_loaded
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_run_s_seed_orders_the_data_and_does_not_change_it(make_loaded, packing, monkeypatch):
-    def of_run(seed, **kwargs):
-        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
-        return make_loaded(packing=packing, **kwargs)
+    built_before = make_loaded(packing=packing)
 
-    def order(module):
+    def order(seed, module=built_before):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        assert module.identity()["order_seed"] == seed or module is not built_before
         return [indices(batch) for batch in module.train_dataloader()]
 
-    one, other = of_run(1), of_run(2)
-    assert one.train_set == other.train_set
-    assert one.heldout_set == other.heldout_set
-    assert one.rows == other.rows
-    assert order(one) == order(of_run(1))
-    assert order(one) != order(other)
-    assert order(of_run(2, order_seed=1)) == order(one)
-    assert order(of_run(0)) == order(of_run(2, order_seed=0)), "data.seed's own default"
+    again = make_loaded(packing=packing)
+    assert order(1) == order(1, again)
+    assert order(1) != order(2)
+    assert order(2, make_loaded(packing=packing, order_seed=1)) == order(1)
+    assert order(2, make_loaded(packing=packing, order_seed=0)) == order(0), "data.seed's own default"
+    assert built_before.train_set == again.train_set
+    assert built_before.heldout_set == again.heldout_set
+    assert built_before.rows == again.rows
 
 
 def test_the_run_s_seed_may_be_set_after_the_module_is_built(make_instruction, tmp_path, monkeypatch):

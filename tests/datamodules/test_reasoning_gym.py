@@ -1,5 +1,8 @@
 """Procedural questions: disjoint, verified by their own task, and a tokenizer of their text."""
 
+import sys
+from importlib import import_module
+
 import pytest
 
 from datamodules import ReasoningGymDataModule
@@ -117,3 +120,16 @@ def test_digits_stand_alone_and_turns_end_in_one_token():
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+def test_without_reasoning_gym_the_extra_is_named(make_data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match=r'pip install "upit\[demo\]"'):
+        make_data()
+
+
+def test_reasoning_gym_is_not_needed_for_data_of_ones_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "datamodules"]:
+        monkeypatch.delitem(sys.modules, name)
+    import_module("datamodules").InstructionDataModule(tokenizer="org/model", train_files=["org/data"])

@@ -31,12 +31,12 @@ from lightning_modules import UpITModule
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer, tiny_data
 from tests.integration.test_resume import ROOT, final_weights, fit, write_config
 from upit.artefacts import Run
-from upit.cli import RUN_DIR
 from upit.export import export_checkpoint
 from upit.inspection import inspect
 from upit.page import page
 from upit.pictures import PICTURES
 from upit.pool import Pool
+from upit.run_directory import RUN_DIR
 
 SWAP, GROWTH, END = 4, 7, 10
 

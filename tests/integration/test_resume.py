@@ -13,7 +13,8 @@ import yaml
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
 from tests.integration.test_two_processes import small_config
 from upit.checkpoints import read_weights
-from upit.cli import RUN_DIR, main
+from upit.cli import main
+from upit.run_directory import RUN_DIR
 
 ROOT = Path(__file__).parents[2]
 # Kills its own process as soon as a file of the stage appears in the run's directory.

@@ -15,7 +15,7 @@ def test_a_sweep_resumes_and_skips(tmp_path, cache):
     config = small_config(tmp_path / "unused", cache)
     keep_all = {"save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}"}
     config["trainer"]["callbacks"] = [
-        {"class_path": "callbacks.RunReport", "init_args": {"export": False}},
+        {"class_path": "callbacks.RunReport", "init_args": {"export": "none"}},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep_all},
     ]
     config["harvest"] = {"every_n_steps": 2}

@@ -105,11 +105,12 @@ GUARD = {"class_path": "callbacks.CollapseGuard", "init_args": {"window": 2, "ac
 
 
 def others(config: dict) -> dict:
-    """The same run with other strategies, and three more experts later."""
+    """The same run with other strategies, two micro-batches a step, and three more experts later."""
     harvest, upcycling, *rest = config["trainer"]["callbacks"]
     callbacks = [harvest | {"init_args": HARVEST}, upcycling | {"init_args": UPCYCLING}, *rest, GUARD, GROWTH]
     moe = {"num_experts": 6, "router_z_loss_weight": 0.01}
-    return {"trainer": {"callbacks": callbacks}, "model": {"init_args": {"moe": {"init_args": moe}}}}
+    trainer = {"callbacks": callbacks, "accumulate_grad_batches": 2}
+    return {"trainer": trainer, "model": {"init_args": {"moe": {"init_args": moe}}}}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from datamodules.reasoning_gym import train_tokenizer
 from lightning_modules import DenseModule, MoEModule, UpITModule
-from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
 from upit.families import moe_config
 from upit.models import build
 from upit.router_init import Random
@@ -45,6 +46,7 @@ def test_graphs_exclude_what_they_cannot_hold(make_data, tmp_path):
         MoEModule(cuda_graphs=True, gradient_checkpointing=True)
     two = make_trainer(tmp_path, [], logger=False, devices=2, strategy="ddp")
     sharded = make_trainer(tmp_path, [], logger=False, strategy=ModelParallelStrategy(1, 1))
+    sharded.strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 1)}
     for trainer, message in ((two, "2 with DDPStrategy"), (sharded, "1 with ModelParallelStrategy")):
         module = make_module(cuda_graphs=True)
         module.trainer = trainer
@@ -175,6 +177,47 @@ def test_load_from_checkpoint_needs_no_trainer(finished, step, phase):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
 
 
+def test_the_seed_alone_decides_on_weights_from_scratch(make_data, tmp_path):
+    """Not what was drawn from torch's generator before."""
+    models = []
+    for drawn in (0, 7):
+        module = DenseModule(config=TINY, lr=0.0)
+        L.seed_everything(3)
+        torch.rand(drawn)
+        fit(module, make_data(), tmp_path)
+        models.append(module.lm.state_dict())
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+class Frequencies(L.Callback):
+    """The dtypes of the rotary frequencies and of the weights, by phase."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        rotary = module.lm.model.rotary_emb
+        dtypes = {buffer.dtype for buffer in rotary.buffers()}
+        self.seen |= {(module.phase, dtype, next(module.lm.parameters()).dtype) for dtype in dtypes}
+
+
+def test_bf16_true_rounds_no_rotary_frequencies(make_data, tmp_path):
+    """Before the swap, after it, after a resume of either phase, and in a validation alone."""
+    run, half = tmp_path / "run", {"precision": "bf16-true", "max_steps": 4, "logger": False}
+    upcycling = {"harvest": {"every_n_steps": 1}, "upcycling": {"at_step": 2, "router": Random()}, "report": False}
+    phases = {"dense", "moe"}
+    for resumed, expected in ((None, phases), (1, phases), (3, {"moe"})):
+        callbacks, watch = [*make_callbacks(**upcycling), every_step_checkpoints(run)], Frequencies()
+        path = None if resumed is None else str(run / f"checkpoints/step={resumed}.ckpt")
+        trainer = make_trainer(run, [*callbacks, watch], **half)
+        trainer.fit(make_module(), datamodule=make_data(), ckpt_path=path, weights_only=True)
+        assert watch.seen == {(phase, torch.float32, torch.bfloat16) for phase in expected}
+    module = make_module()
+    make_trainer(run, [], **half).validate(module, datamodule=make_data(), ckpt_path=path, verbose=False)
+    assert {buffer.dtype for buffer in module.lm.model.rotary_emb.buffers()} == {torch.float32}
+    assert module.lm.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("step", [4, 9])
 def test_a_resumed_model_is_set_up_as_a_fresh_one(finished, make_data, tmp_path, step):
     run, _, _ = finished
@@ -222,7 +265,7 @@ def test_layers_that_are_computed_again_are_compiled(kind, monkeypatch):
     fast.model = copy.deepcopy(plain)
     for model in (plain, fast.lm):
         model.config._experts_implementation = "batched_mm"  # on a CPU ours is not traced
-    fast.finish(SimpleNamespace(strategy=None))
+    fast.finish(SimpleNamespace(strategy=None), fast.lm)
     ids, grads = torch.randint(3, 64, (2, 9)), []
     with torch.compiler.set_stance("default"):
         for model in (plain, fast.lm):

@@ -1,6 +1,7 @@
 """Clipping within the optimizer's step, and what is done with optimizer and model when a fit is over."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 
 from lightning_modules import DenseModule
-from lightning_modules.optimizers import AdamW
+from lightning_modules.optimizers import AdamW, adamw
 from tests.conftest import TINY, make_trainer
 
 
@@ -100,13 +101,48 @@ def test_a_fit_clips_the_same_whoever_does_it(make_data, tmp_path, kind, algorit
     torch.testing.assert_close(found, fit(DenseModule), **near)
 
 
+def lost_updates(lr: float, dtype: torch.dtype, steps: int = 20) -> tuple[float, list[str]]:
+    """Share of the updates that change nothing, counted by hand over all weights, and the warnings."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False).to(dtype)
+    optimizer, scheduler = adamw(
+        model.parameters(), steps, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), schedule="constant_with_warmup",
+        warmup_fraction=0.5,
+    )  # fmt: skip
+    lost = []
+    with warnings.catch_warnings(record=True, action="always") as told:
+        for step in range(steps):
+            model.weight.grad = torch.randn_like(model.weight)
+            before = model.weight.detach().clone()
+            optimizer.step()
+            scheduler.step()
+            lost += [(before == model.weight).float().mean()] if step >= steps // 2 else []
+    return float(sum(lost) / len(lost)), [str(warning.message) for warning in told]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_that_rounding_swallows_are_told_with_the_figure_and_the_remedy(dtype):
+    share, (told,) = lost_updates(2e-5 if dtype == torch.bfloat16 else 1e-6, dtype)
+    assert share > 0.7
+    assert (
+        f"{share:.0%} of the updates of {str(dtype)[6:]} weights were lost to rounding in 10 optimizer steps" in told
+    )
+    assert "a sample of 4096 weights" in told
+    assert "Set trainer.precision=bf16-mixed, which keeps them in float32, or raise lr" in told
+
+
+@pytest.mark.parametrize(("lr", "dtype"), [(1e-3, torch.bfloat16), (2e-5, torch.float32), (0.0, torch.bfloat16)])
+def test_weights_that_move_are_no_warning(lr, dtype):
+    assert lost_updates(lr, dtype)[1] == []
+
+
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy(), DDPStrategy(), ModelParallelStrategy(), FSDPStrategy()])
 def test_shards_are_clipped_by_their_strategy(strategy, monkeypatch):
     done = []
-    monkeypatch.setattr(AdamW, "clip", lambda *_: done.append("step"))
+    monkeypatch.setattr(AdamW, "clip", lambda *_: done.append("step") or torch.tensor(1.0))
     monkeypatch.setattr(L.LightningModule, "configure_gradient_clipping", lambda *_: done.append("strategy"))
     module = DenseModule(config=TINY)
-    module._trainer = SimpleNamespace(strategy=strategy)
+    module._trainer = SimpleNamespace(strategy=strategy, precision_plugin=None, global_step=0)
     optimizer = AdamW([nn.Parameter(torch.ones(2))], fused=True)
     module.configure_gradient_clipping(optimizer, 1.0, "norm")
     assert done == ["step" if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) else "strategy"]

@@ -1,8 +1,13 @@
 """What a run's folder reads as, half written or resumed."""
 
+import json
+import random
+
+import pytest
 import torch
 
 from upit.artefacts import Run, choices
+from upit.files import FileError
 from upit.merging import Dare
 
 
@@ -46,3 +51,66 @@ def test_choices_name_a_strategy_and_its_arguments():
         "upcycling.merge": "Dare",
         "upcycling.merge.drop_rate": 0.3,
     }
+
+
+STAGE = {"step": 4, "average": {"loss": 1.0, "exact_match": 0.5}, "domains": {"a": {"loss": 1.0, "exact_match": 0.5}}}
+SWAP = {"step": 4, "kl": 0.1, "before": {"a": 1.0}, "after": {"a": 1.1}}
+FILES = {  # what a run leaves behind, and the property that reads it
+    "report.json": ({"stages": {"base": STAGE}, "seed_counts": [1], "wall_seconds": {}}, "report"),
+    "upcycling/lineage.json": ([{"expert": 0, "kind": "harvested", "step": 1, "epoch": 0.5}], "lineage"),
+    "upcycling/similarity.json": ([[1.0, 0.5], [0.5, 1.0]], "similarity"),
+    "upcycling/seed_perplexity.json": (
+        {"examples": [{"id": "x", "domain": "a", "perplexity": [1.0], "expert": 0}]},
+        "seeds",
+    ),
+    "upcycling/pilot.json": ([{"step": 1, "epoch": 0.5, "domains": {"a": {"loss": 1.0}}}], "pilot"),
+    "upcycling/distances.json": ([{"step": 1, "epoch": 1, "from_base": 0.1, "from_previous": 0.1}], "distances"),
+    "upcycling/swap.json": (SWAP, "swap"),
+    "growth/swap.json": (SWAP, "growth"),
+    "routing/step_0000004.json": (
+        {"step": 4, "domains": ["a"], "counts_DEC": [[[1], [2]]], "shuffled_D": [0.0], "tokens": {}},
+        "routing",
+    ),
+    "settings.json": ({"a": 1}, "settings"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_files_are_named(tmp_path, file):
+    """Truncated, of another type, or with a byte changed: read in the right form, or the project's own error."""
+    value, name = FILES[file]
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value)
+    path.write_text(text)
+    assert getattr(Run(tmp_path), name)
+    wrong_type = "7" if isinstance(value, dict) else '{"a": [1]}'
+    for broken in ("", text[:-1], wrong_type, "[" * 100_000, "\udcff"):
+        path.write_bytes(broken.encode(errors="surrogateescape"))
+        with pytest.raises(FileError, match=path.name):
+            getattr(Run(tmp_path), name)
+    draw = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(text.encode())
+        damaged[draw.randrange(len(damaged))] = draw.randrange(32, 127)
+        path.write_bytes(damaged)
+        try:
+            getattr(Run(tmp_path), name)
+        except FileError as error:
+            assert path.name in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reader"),
+    [
+        ("metrics.csv", "epoch,step,train/loss\n0,one,5\n", "curves"),
+        ("metrics.csv", "epoch,step,train/loss\n0,1,much\n", "curves"),
+        ("metrics.csv", "epoch,train/loss\n0,1\n", "curves"),
+        ("config.yaml", "a: [1", "config"),
+        ("config.yaml", "- 7", "config"),
+    ],
+)
+def test_a_damaged_table_or_config_is_named(tmp_path, file, content, reader):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(FileError, match=file):
+        getattr(Run(tmp_path), reader)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 from upit.checkpoints import config_of, identity_of, read_identity, read_weights
 from upit.families import moe_config
+from upit.files import FileError
 from upit.models import build
 
 
@@ -82,7 +84,7 @@ def test_a_sharded_checkpoint_that_would_run_code_is_refused(sharded, tmp_path, 
     (sharded / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
     with pytest.raises(ValueError, match=r"loads without running code: \.metadata names posix\.mkdir"):
         read_identity(sharded)
-    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
         read_weights(sharded)
     assert not mark.exists()
 
@@ -101,3 +103,46 @@ def test_what_is_no_checkpoint_of_upit_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="folder"):
         read_identity(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("kind", ["file", "sharded"])
+def test_a_damaged_checkpoint_is_the_projects_own_error(dense, sharded, tmp_path, kind):
+    """Bytes changed or cut anywhere: what was saved, or an error that names the checkpoint."""
+    if kind == "file":
+        path = file = tmp_path / "whole.ckpt"
+        state = {f"dense.model.{name}": tensor for name, tensor in dense.state_dict().items()}
+        torch.save({"upit": identity_of(dense, phase="dense", swap_step=7), "state_dict": state}, path)
+    else:
+        path, file = sharded, sharded / ".metadata"
+    content, draw = file.read_bytes(), random.Random(0)
+    refused = 0
+    for i in range(120):
+        damaged = bytearray(content)
+        if i % 4 == 0:
+            damaged = damaged[: draw.randrange(len(damaged))]
+        else:  # where names, types and sizes are written
+            damaged[draw.randrange(min(len(damaged), 4000))] = draw.randrange(256)
+        file.write_bytes(damaged)
+        for read in (read_identity, read_weights):
+            try:
+                read(path)
+            except FileError as error:
+                refused += 1
+                assert str(path) in str(error)  # noqa: PT017
+    assert refused > 40
+
+
+def test_a_sharded_checkpoint_allocates_no_more_than_its_files_hold(sharded):
+    metadata = pickle.loads((sharded / ".metadata").read_bytes())
+    entry = next(e for e in metadata.state_dict_metadata.values() if hasattr(e, "size"))
+    entry.size = torch.Size([10**12])
+    (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(FileError, match="truncated"):
+        read_weights(sharded)
+
+
+@pytest.mark.parametrize("identity", [7, {}, {"phase": "dense", "num_experts": "8", "swap_step": 1, "config": {}}])
+def test_an_identity_of_another_form_is_refused(tmp_path, identity):
+    torch.save({"upit": identity}, tmp_path / "a.ckpt")
+    with pytest.raises(FileError, match=r"a\.ckpt"):
+        read_identity(tmp_path / "a.ckpt")

@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.upit.tiny import dense_model, expert_of
+from upit.config_files import make_portable
 from upit.conversion import Conversion
 from upit.expert_sources import experts_at
 from upit.families import FAMILIES, moe_config
-from upit.files import Estimate, write_json
-from upit.tensor_files import INDEX, TensorFiles
+from upit.files import Estimate, read_json, write_json
+from upit.stage_inputs import check_experts
+from upit.tensor_files import INDEX, TensorFileError, TensorFiles
 
 ROUTER_DEH = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(9))
 
@@ -49,6 +51,8 @@ def independent(paths, router_DEH, dtype=torch.float32):
         for name in state:
             if f"layers.{i}.mlp.shared_expert" in name:
                 state[name] = torch.zeros_like(state[name])
+                if name.endswith("shared_expert_gate.weight"):  # the gate of nothing; never zero, for llama.cpp
+                    state[name] = torch.tensor([[1.0, 2**-12, *[2**-24] * 30]])
     moe.load_state_dict(state)
     return moe
 
@@ -63,11 +67,14 @@ def test_identical_to_an_independent_construction(family, tmp_path):
     conversion_of(paths[0], paths).write(ROUTER_DEH, tmp_path / "moe", max_shard_bytes=50_000)
     expected = independent(paths, ROUTER_DEH)
     expected.save_pretrained(tmp_path / "expected")
+    make_portable(tmp_path / "expected")
     ours, theirs = files_of(tmp_path / "moe"), files_of(tmp_path / "expected")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("moe", "expected")]
     assert configs[0] == configs[1]
+    assert configs[0]["rope_theta"] == configs[0]["rope_parameters"]["rope_theta"]
+    assert configs[0]["num_experts"] == 3
     stock, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
     assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     ids = torch.arange(3, 23)[None]
@@ -154,25 +161,125 @@ def test_estimate_and_room(sources, tmp_path):
         Estimate(0, 10**18).check(tmp_path)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("qwen3", {}, r"odd/config\.json: model_type='qwen3', the dense model has 'llama'"),
-        ("llama", {"vocab_size": 65}, r"odd/config\.json: vocab_size=65, the dense model has 64"),
+        ("qwen3", {}, "model_type='qwen3', the dense model has 'llama'"),
+        ("llama", {"vocab_size": 65}, "vocab_size=65, the dense model has 64"),
+        ("llama", {"intermediate_size": 40}, "intermediate_size=40, the dense model has 48"),
+        ("llama", {"num_hidden_layers": 1}, "num_hidden_layers=1, the dense model has 2"),
+        ("llama", {"num_hidden_layers": 3}, "num_hidden_layers=3, the dense model has 2"),
+        # the same shapes with other heads
         (
             "llama",
-            {"intermediate_size": 40},
-            r"odd/.*: tensor 'model.layers.0.mlp.gate_proj.weight' has shape \(40, 32\)",
+            {"num_attention_heads": 2, "num_key_value_heads": 1},
+            "num_attention_heads=2, the dense model has 4",
         ),
-        ("llama", {"num_hidden_layers": 1}, r"odd: tensor 'model.layers.1.mlp.gate_proj.weight' is missing"),
-        ("llama", {"dtype": torch.bfloat16}, r"odd/.*: tensor .*gate_proj.weight' has dtype torch.bfloat16"),
+        ("llama", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05, the dense model has 1e-06"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu', the dense model has 'silu'"),
+        ("llama", {"tie_word_embeddings": False}, "tie_word_embeddings=False, the dense model has True"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            r"rope_parameters.rope_theta=10000.0, the dense model has 50000.0",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 5e4, **LLAMA3}},
+            r"rope_parameters.rope_type='llama3', the dense model has 'default'",
+        ),
     ],
 )
-def test_names_the_file_and_the_tensor_that_do_not_fit(sources, tmp_path, family, fields, message):
-    dtype = fields.pop("dtype", torch.float32)
-    odd = save(family, tmp_path / "odd", dtype=dtype, **fields)
-    with pytest.raises(ValueError, match=message):
+def test_another_architecture_is_refused_by_field(sources, tmp_path, family, fields, message):
+    odd = save(family, tmp_path / "odd", **fields)
+    with pytest.raises(ValueError, match=rf"odd/config\.json: {message}"):
         conversion_of(sources[0], [*sources, odd])
+    with pytest.raises(ValueError, match=rf"odd/config\.json: {message}"):
+        check_experts([expert for path in (*sources, odd) for expert in experts_at(path)], experts_at(sources[0])[0])
+
+
+def test_what_does_not_change_the_model_may_differ(sources):
+    file = sources[1] / "config.json"
+    fields = read_json(file) | {"use_cache": False, "transformers_version": "4.0.0", "max_position_embeddings": 512}
+    write_json(file, fields | {"eos_token_id": 7, "initializer_range": 0.5, "torch_dtype": "float32"})
+    conversion_of(sources[0], sources)
+
+
+def test_another_dtype_is_refused(sources, tmp_path):
+    odd = save("llama", tmp_path / "odd", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"odd/.*: tensor .*_proj.weight' has dtype torch.bfloat16"):
+        conversion_of(sources[0], [*sources, odd])
+
+
+def without(directory, name):
+    """Take a tensor out of a checkpoint, and out of its index where it has one."""
+    file = TensorFiles(directory)[name].file
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    index = directory / INDEX
+    if index.exists():
+        content = read_json(index)
+        del content["weight_map"][name]
+        write_json(index, content)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2", "model.norm.weight"),
+        ("mistral", "lm_head.weight"),
+        ("qwen2", "model.layers.1.self_attn.q_proj.bias"),
+        ("olmo2", "model.layers.0.post_feedforward_layernorm.weight"),
+    ],
+)
+def test_an_incomplete_base_or_expert_is_refused(tmp_path, family, name, sharded):
+    paths = [tmp_path / "0", tmp_path / "1"]
+    for seed, path in enumerate(paths):
+        dense_model(family, seed).save_pretrained(path, max_shard_size="40KB" if sharded else "5GB")
+    conversion_of(paths[0], paths)
+    without(paths[1], name)
+    for base, experts in ((paths[1], paths[:1]), (paths[0], paths)):
+        with pytest.raises(TensorFileError, match=rf"1: tensor '{name}' is missing"):
+            conversion_of(base, experts, top_k=1)
+    found = [expert for path in paths for expert in experts_at(path)]
+    for base, experts in ((found[1], found[:1]), (found[0], found)):
+        with pytest.raises(TensorFileError, match=rf"1: tensor '{name}' is missing"):
+            check_experts(experts, base)
+
+
+def test_a_tensor_of_no_model_is_left_out_as_transformers_does(sources, tmp_path):
+    file = TensorFiles(sources[0])["model.norm.weight"].file
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # a buffer that old checkpoints hold
+    save_file({**load_file(file), **old}, file)
+    conversion_of(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe")
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
+    assert not info["unexpected_keys"]
+
+
+def test_tokenizer_files_of_every_kind_come_along(sources, tmp_path):
+    kinds = ["tokenizer.model", "tokenizer.model.v3", "tekken.json", "vocab.txt", "qwen.tiktoken",
+             "tokenization_own.py", "chat_template.json", "additional_chat_templates/rag.jinja"]  # fmt: skip
+    (sources[0] / "additional_chat_templates").mkdir()
+    for name in kinds:
+        (sources[0] / name).write_text(name)
+    (sources[0] / "optimizer.pt").write_text("not the model's")
+    conversion_of(sources[0], sources).write(ROUTER_DEH, tmp_path / "moe")
+    assert [(tmp_path / "moe" / name).read_text() for name in kinds] == kinds
+    assert not (tmp_path / "moe/optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_another_vocabulary_is_refused_without_a_tokenizer_json(sources, name):
+    for path, content in zip(sources, ['{"a": 0}', '{"a": 0}', '{"b": 0}'], strict=True):
+        (path / name).write_text(content)
+    conversion_of(sources[0], sources[:2])
+    with pytest.raises(ValueError, match=rf"2/{name}: its vocabulary is not that of the base"):
+        conversion_of(sources[0], sources)
 
 
 def test_another_vocabulary_is_refused(sources, data, tmp_path):

@@ -1,5 +1,7 @@
 """Held-out evaluation: greedy answers that depend on no batch, scores per domain, drift."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from upit.evaluation import (
     summed_answers,
 )
 from upit.models import build, scratch_config
+from upit.verifiers import Verifier
 
 
 @pytest.fixture
@@ -101,6 +104,29 @@ def test_exact_match_is_the_share_of_a_domains_questions(model, data, monkeypatc
     monkeypatch.setattr(data, "verify", lambda row, _: row["id"] in own[:3])
     right = domain_exact_match(model, data, max_new_tokens=1)
     assert right == {"arithmetic": 0.0, "letters": pytest.approx(3 / len(own))}
+
+
+def test_a_domain_s_verifier_decides_and_scoring_can_be_capped_or_turned_off(model, make_data):
+    def module(**kwargs):
+        made = make_data(**kwargs)
+        made.prepare_data()
+        made.setup("fit")
+        return made
+
+    class Always(Verifier):
+        def __call__(self, example, completion):
+            return True
+
+    data = module(verifiers={"letters": Always(), "arithmetic": None}, score_examples=3)
+    assert [data.heldout_set[i]["domain"] for i in data.scored_examples()] == ["letters"] * 3
+    scores = evaluate(model, data, max_new_tokens=1)
+    assert scores["domains"]["letters"]["exact_match"] == scores["average"]["exact_match"] == 1.0
+    assert math.isnan(scores["domains"]["arithmetic"]["exact_match"])
+    assert scores["domains"]["arithmetic"]["loss"] > 0
+    off = module(score_examples=0)
+    assert math.isnan(evaluate(model, off)["average"]["exact_match"])
+    with pytest.raises(ValueError, match=r"data\.verifiers names \['music'\], .* \['arithmetic', 'letters'\]"):
+        module(verifiers={"music": None})
 
 
 def test_padding_is_answered_but_not_counted(model, data, monkeypatch):

@@ -150,8 +150,10 @@ def saved(path, tokenizer, **fields):
         ({}, None),
         ({"vocab_size": 65}, r"model/config\.json: vocab_size=65, the dense model has 64"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu', the dense model has 'silu'"),
-        ({"intermediate_size": 40}, r"tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"),
-        ({"num_key_value_heads": 4}, r"tensor 'model.layers.0.self_attn.k_proj.weight' has shape \(32, 32\)"),
+        ({"intermediate_size": 40}, r"intermediate_size=40, the dense model has 48"),
+        ({"num_key_value_heads": 4}, r"num_key_value_heads=4, the dense model has 2"),
+        ({"rms_norm_eps": 1e-5}, r"rms_norm_eps=1e-05, the dense model has 1e-06"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, r"rope_theta=1.0, the dense model has 5"),
     ],
 )
 def test_checkpoints_of_another_model_are_refused_before_the_run(tmp_path, dense, words, fields, message):

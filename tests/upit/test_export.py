@@ -1,6 +1,7 @@
 """Export: stock transformers loads it, nothing is overwritten, the card says where it comes from."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from upit.checkpoints import identity_of
 from upit.export import export_model, model_card
 from upit.families import moe_config
 from upit.files import write_json
+from upit.finite import NotFiniteError
 from upit.models import build, scratch_config
 
 
@@ -34,6 +36,10 @@ def test_stock_transformers_loads_it_whole(model, data, tmp_path, dtype):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert "upit" not in (output / "config.json").read_text()
+    fields = json.loads((output / "config.json").read_text())
+    assert fields["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    assert fields.get("num_experts") == getattr(model.config, "num_experts", None)
+    assert "TokenizersBackend" not in (output / "tokenizer_config.json").read_text()
     assert (output / "README.md").read_text() == "# card\n"
     assert not list(output.parent.glob("*.tmp"))
 
@@ -68,8 +74,18 @@ def test_weights_that_do_not_fit_are_named_and_leave_no_output(model, data, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def scores_at(step: int) -> dict:
-    scores = {"loss": 1.25, "exact_match": 0.5}
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named_and_leave_no_output(model, data, tmp_path, value):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = value
+    said = r"1 of \d+ weights hold NaN or infinity, the first is 'model\.layers\.1\.self_attn\.q_proj\.weight'"
+    with pytest.raises(NotFiniteError, match=said):
+        export_model(model.config, weights, data.tokenizer, tmp_path / "out", card="")
+    assert not list(tmp_path.iterdir())
+
+
+def scores_at(step: int, loss: float = 1.25) -> dict:
+    scores = {"loss": loss, "exact_match": 0.5}
     return {"step": step, "domains": {"letters": scores, "sums": scores}, "average": scores}
 
 
@@ -101,12 +117,14 @@ def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
         {"expert": 4, "kind": "checkpoint", "path": "there"},
     ]  # fmt: skip
     write_json(tmp_path / "upcycling/lineage.json", lineage)
-    write_json(tmp_path / "report.json", {"stages": {"dense": scores_at(6)}})
+    stages = {"base": scores_at(0, math.nan), "dense": scores_at(6)}
+    write_json(tmp_path / "report.json", {"stages": stages})
     identity = identity_of(model, phase="moe" if moe else "dense", swap_step=6) | {"global_step": 6}
     card = model_card(identity, tmp_path, name="mine")
     assert "arXiv:2410.01610" in card
     assert "letters, sums" in card
     assert "| dense | 1.2500 | 50.0% |" in card
+    assert "| base | nan | 50.0% |" in card
     assert "trained for 6 optimizer steps" in card
     assert 'from_pretrained("mine")' in card
     assert ("4 experts, top-2" in card) == moe

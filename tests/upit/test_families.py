@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from tests.upit.tiny import dense_config, dense_model, expert_of
@@ -9,6 +11,7 @@ from upit import experts
 from upit.checkpoints import config_of, identity_of
 from upit.examples import collate
 from upit.families import FAMILIES, FFN, check_top_k, expert_name, family_of, is_expert, moe_config
+from upit.families.qwen import gate_row
 from upit.forward import response_logits
 from upit.models import build
 from upit.routers import last_routing, moe_routers
@@ -38,6 +41,39 @@ def test_identical_experts_reproduce_the_dense_logits(family, tmp_path):
     assert moe.config.model_type == FAMILIES[family].moe_type
     assert dense(IDS_BT).logits.std() > 0.1
     torch.testing.assert_close(moe(IDS_BT).logits, dense(IDS_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@every_family
+def test_the_shapes_of_a_complete_checkpoint_are_those_that_transformers_saves(family, tied, tmp_path):
+    model = dense_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    saved = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert FAMILIES[family].dense_shapes(model.config) == saved
+    assert FAMILIES[family].dense_shapes(moe_config(model.config, num_experts=3, top_k=2)) == saved
+
+
+@torch.no_grad()
+def test_the_shared_expert_of_qwen2_adds_nothing_and_its_gate_is_never_zero(tmp_path):
+    _, moe, _ = upcycled("qwen2", tmp_path, seeds=(0, 1, 2))
+    logits = []
+    for layer in moe.model.layers:
+        layer.mlp.shared_expert_gate.register_forward_hook(lambda _, __, z: logits.append(z))
+    with_row = moe(IDS_BT).logits
+    z = torch.stack(logits)
+    assert (F.silu(z) / z).isfinite().all()  # how llama.cpp computes the sigmoid
+    for layer in moe.model.layers:
+        layer.mlp.shared_expert_gate.weight.zero_()
+    assert torch.equal(moe(IDS_BT).logits, with_row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_row_has_no_zero_in_any_dtype(dtype):
+    row_1H = gate_row(8).to(dtype)
+    assert row_1H.shape == (1, 8)
+    assert (row_1H != 0).all()
+    cancelling = torch.tensor([1.0, -1.0, 0, 0, 0, 0, 1.0, -1.0], dtype=dtype)  # equal entries would give zero
+    assert cancelling @ row_1H[0] != 0
 
 
 @every_family

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from upit.merging import Dare, DareTies, Linear, Slerp, Ties, drop_mask, slerp
+from upit.merging import Dare, DareTies, Linear, Slerp, Ties, drop_mask, slerp, trim
 
 WEIGHTS = [0.3, 0.7]
 
@@ -47,21 +47,50 @@ def test_dare_is_pefts(tensors, monkeypatch, drop_rate):
     torch.testing.assert_close(ours, base + theirs)
 
 
+def consensus(deltas, weights):
+    """Sign election and normalised sum by mergekit's documentation, one parameter at a time (numpy, float64)."""
+    merged = np.zeros(deltas[0].shape)
+    for place in np.ndindex(merged.shape):
+        votes = [(weight, float(delta[place])) for weight, delta in zip(weights, deltas, strict=True)]
+        sign = 1 if sum(weight * value for weight, value in votes) >= 0 else -1
+        kept = [(weight, value) for weight, value in votes if sign * value > 0]
+        if kept:
+            merged[place] = sum(weight * value for weight, value in kept) / sum(weight for weight, _ in kept)
+    return torch.from_numpy(merged).float()
+
+
 @pytest.mark.parametrize("drop_rate", [0.2, 0.6])
-def test_dare_ties_is_pefts(tensors, monkeypatch, drop_rate):
+def test_dare_ties_is_a_drop_and_mergekits_consensus(tensors, drop_rate):
     base, parents = tensors
-    ours = DareTies(drop_rate)(parents, WEIGHTS, base, generators())
-    with_masks(monkeypatch, base.shape, drop_rate)
-    theirs = merge_utils.dare_ties(deltas_of(base, parents), 2 * torch.tensor(WEIGHTS), 1 - drop_rate)
-    torch.testing.assert_close(ours, base + theirs)
+    masks = [drop_mask(base.shape, drop_rate, generator) for generator in generators()]
+    deltas = [d * m / (1 - drop_rate) for d, m in zip(deltas_of(base, parents), masks, strict=True)]
+    torch.testing.assert_close(
+        DareTies(drop_rate)(parents, WEIGHTS, base, generators()), base + consensus(deltas, WEIGHTS)
+    )
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
-@pytest.mark.filterwarnings("ignore:The density")
-def test_ties_is_pefts(tensors, density):
+def test_ties_is_a_trim_and_mergekits_consensus(tensors, density):
     base, parents = tensors
-    theirs = merge_utils.ties(deltas_of(base, parents), 2 * torch.tensor(WEIGHTS), density)
-    torch.testing.assert_close(Ties(density)(parents, WEIGHTS, base, generators()), base + theirs)
+    deltas = deltas_of(base, parents)
+    for delta in deltas:
+        smallest = np.argsort(delta.abs().flatten().numpy())[: delta.numel() - int(density * delta.numel())]
+        delta.view(-1)[torch.from_numpy(smallest)] = 0
+    torch.testing.assert_close(Ties(density)(parents, WEIGHTS, base, generators()), base + consensus(deltas, WEIGHTS))
+
+
+@pytest.mark.parametrize("weights", [[0.05, 0.95], [0.5, 0.5], [0.95, 0.05]])
+def test_what_one_parent_alone_keeps_is_neither_shrunk_nor_doubled(weights):
+    base = torch.zeros(6)
+    first, second = torch.tensor([1.0, 0, 0, 4, 5, 6]), torch.tensor([0, 2.0, 0, 4, 5, -6])
+    child = Ties(1.0)([first, second], weights, base, generators())
+    torch.testing.assert_close(child[:5], torch.tensor([1.0, 2, 0, 4, 5]))
+    assert abs(child[5]) == 6, "one sign wins"
+    assert child[5] == (6 if weights[0] >= 0.5 else -6), "the one with more weight"
+
+
+def test_a_trim_keeps_at_least_one():
+    assert trim(torch.tensor([1.0, -3.0, 2.0]), 0.1).tolist() == [0, -3, 0]
 
 
 def test_ties_of_parents_that_agree_is_their_weighted_sum(tensors):

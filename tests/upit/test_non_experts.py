@@ -3,9 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
-from tests.upit.tiny import dense_model, expert_of
-from upit.families import is_expert
+from tests.upit.tiny import dense_config, dense_model, expert_of
+from upit.families import is_expert, moe_config
 from upit.non_experts import Last, Mean, Named
 from upit.tensor_files import TensorFileError
 
@@ -72,6 +73,16 @@ def test_named_of_another_model_is_refused_before_it_is_read(tmp_path, fields, n
         dense = dense_model("llama")
     with pytest.raises(ValueError, match=rf"Named\.path='.*model': tensor '{name}' has shape {shape}"):
         named.check(dense)
+
+
+def test_named_of_another_rope_is_refused_and_a_moe_of_the_model_is_not(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    dense_model("llama", rope_parameters=rope).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"rope_parameters.rope_theta=10000.0, the dense model has 50000.0"):
+        Named(str(tmp_path / "model")).check(dense_model("llama"))
+    moe = moe_config(dense_config("llama"), num_experts=2, top_k=1)
+    AutoModelForCausalLM.from_config(moe).save_pretrained(tmp_path / "moe")
+    Named(str(tmp_path / "moe")).check(dense_model("llama"))
 
 
 def test_named_refuses_an_empty_directory(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.upit.conftest import expert_tensors, shift
+from upit.files import FileError
 from upit.pool import Expert, Pool, file_sha256, write_expert
 from upit.tensor_files import TensorFileError
 
@@ -181,3 +182,42 @@ def test_a_folder_without_a_manifest_is_named(tmp_path):
     with pytest.raises(TensorFileError, match=r"manifest\.json is missing") as caught:
         Pool.load(tmp_path / "nowhere")
     assert "nowhere" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["base", "expert"])
+@pytest.mark.parametrize("field", ["file", "rest"])
+@pytest.mark.parametrize("name", ["../base.safetensors", "/etc/passwd", "a/../../b", "..", "", 7])
+def test_a_manifest_names_files_of_its_folder_only(pool, where, field, name):
+    manifest = json.loads(pool.manifest_file.read_text())
+    (manifest["base"] if where == "base" else manifest["experts"][1])[field] = name
+    pool.manifest_file.write_text(json.dumps(manifest))
+    with pytest.raises(FileError, match=r"manifest\.json.*(not a file of this folder|expected str)"):
+        Pool.load(pool.directory).experts  # noqa: B018
+    with pytest.raises(FileError):
+        Pool.load(pool.directory).base  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"experts": {}},
+        {"experts": [7]},
+        {"base": []},
+        {"version": "1"},
+        {"experts": [{"file": "base.safetensors"}]},
+    ],
+)
+def test_a_damaged_manifest_is_named(pool, damage):
+    manifest = json.loads(pool.manifest_file.read_text())
+    pool.manifest_file.write_text(json.dumps(manifest | damage))
+    with pytest.raises(FileError, match=r"manifest\.json"):
+        Pool.load(pool.directory).experts  # noqa: B018
+
+
+@pytest.mark.parametrize("field", ["step", "epoch", "sha256", "dtype", "metrics", "origin"])
+def test_a_manifest_with_a_value_of_another_type_is_named(pool, field):
+    manifest = json.loads(pool.manifest_file.read_text())
+    manifest["experts"][2][field] = [1]
+    pool.manifest_file.write_text(json.dumps(manifest))
+    with pytest.raises(FileError, match=rf"manifest\.json.*experts\[2\]\.{field} is \[1\]"):
+        Pool.load(pool.directory).experts  # noqa: B018

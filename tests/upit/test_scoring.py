@@ -9,6 +9,7 @@ import torch
 from tests.upit.conftest import make_data, shift
 from upit import scoring
 from upit.examples import IGNORE, collate
+from upit.finite import NotFiniteError
 from upit.forward import response_logits
 from upit.pool import Expert, Pool
 from upit.scoring import SeedBatches, SeedScorer, load_experts, score_examples
@@ -147,3 +148,18 @@ def test_the_same_expert_twice_is_scored_once(dense, experts, file, passes):
     seeds = run(dense, [experts[0], experts[1], experts[0]], file)
     assert len(passes) == 2
     assert torch.equal(seeds.perplexity_SN[:, 0], seeds.perplexity_SN[:, 2])
+
+
+def test_an_expert_whose_loss_is_nan_is_named_and_its_scores_are_not_kept(dense, experts, file, monkeypatch):
+    """In half precision, say, where finite weights overflow."""
+    original = scoring.score_examples
+    monkeypatch.setattr(scoring, "score_examples", lambda *a, **k: (math.nan * original(*a, **k)[0], original(*a)[1]))
+    with pytest.raises(NotFiniteError, match=r"step_\d+\.safetensors': this expert's loss on a seed example is NaN"):
+        run(dense, experts, file)
+    assert not file.exists()
+
+
+def test_the_perplexity_of_a_hopeless_expert_is_still_a_number(dense, experts, file, monkeypatch):
+    original = scoring.score_examples
+    monkeypatch.setattr(scoring, "score_examples", lambda *a, **k: (1e5 * original(*a, **k)[0], original(*a, **k)[1]))
+    assert run(dense, experts, file).perplexity_SN.isfinite().all()

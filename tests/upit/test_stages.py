@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.upit.tiny import dense_model
 from upit.cli import STAGES, main
+from upit.families import moe_config
 from upit.files import read_json
 from upit.moe_files import MoEFiles
 from upit.pool import Pool
@@ -61,6 +62,21 @@ def test_upcycle_by_flags_and_by_config_agree(checkpoints, tmp_path, capsys):
     assert gates.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+def test_upcycle_unties_the_head(checkpoints, tmp_path):
+    keys = ["upcycle", "--base", checkpoints[0], "--experts", str(checkpoints), "--output"]
+    main([*keys, str(tmp_path / "tied")])
+    main([*keys[:1], "--untie", *keys[1:], str(tmp_path / "untied")])
+    tied, untied = (load_file(tmp_path / name / "model.safetensors") for name in ("tied", "untied"))
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+    assert torch.equal(untied["lm_head.weight"], tied["model.embed_tokens.weight"])
+    assert read_json(tmp_path / "untied/config.json")["tie_word_embeddings"] is False
+    tied, untied = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("tied", "untied"))
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert torch.equal(tied(ids).logits, untied(ids).logits)
+
+
 def test_upcycle_overwrites_only_when_told(checkpoints, tmp_path):
     keys = {"base": checkpoints[0], "experts": checkpoints[:2], "output": tmp_path / "moe"}
     run("upcycle", **keys)
@@ -97,6 +113,20 @@ def test_expand_in_a_process_of_its_own_imports_no_transformers(checkpoints, tmp
     keys = ["--base", checkpoints[0], "--experts", str(checkpoints), "--num_experts", "4", "--output"]
     subprocess.run([sys.executable, "-c", LIGHT, "expand", *keys, str(tmp_path / "pool")], check=True)
     assert len(Pool.load(tmp_path / "pool").experts) == 4
+
+
+def test_export_unties_the_head(finished, tmp_path):
+    folder, _, _ = finished
+    checkpoint = next((folder / "checkpoints").glob("*=9.ckpt"))
+    for name, flags in (("tied", []), ("untied", ["--untie"])):
+        main(["export", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / name), *flags])
+    tied, untied = (load_file(tmp_path / name / "model.safetensors") for name in ("tied", "untied"))
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+    assert torch.equal(untied["lm_head.weight"], tied["model.embed_tokens.weight"])
+    assert [read_json(tmp_path / name / "config.json")["tie_word_embeddings"] for name in ("tied", "untied")] == [
+        True,
+        False,
+    ]
 
 
 def test_upcycle_says_what_a_router_lacks(checkpoints, tmp_path):
@@ -205,7 +235,7 @@ def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, mon
 
 def test_expand_names_what_does_not_fit(checkpoints, tmp_path):
     dense_model("llama", intermediate_size=40).save_pretrained(tmp_path / "odd")
-    with pytest.raises(SystemExit, match=r"odd: tensor 'model.layers.0.mlp.down_proj.weight' has shape \(32, 40\)"):
+    with pytest.raises(SystemExit, match=r"odd/config\.json: intermediate_size=40, the dense model has 48"):
         expand([*checkpoints, str(tmp_path / "odd")], tmp_path / "pool")
     dense_model("llama", vocab_size=65).save_pretrained(tmp_path / "words")
     with pytest.raises(SystemExit, match=r"words/config\.json: vocab_size=65, the dense model has 64"):
@@ -288,6 +318,9 @@ def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
     checkpoints, data = trained
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
     moe, out = str(tmp_path / "moe"), str(tmp_path / "new")
+    (tmp_path / "moe/additional_chat_templates").mkdir()
+    (tmp_path / "moe/additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    (tmp_path / "moe/pytorch_model.bin").write_text("an old router")
     router = {"class_path": "RoutingVectors", "init_args": {"epochs": 1}}
     keys = {"base": checkpoints[0], "moe": moe, "output": out, "data": data, "seed_fraction": 0.1}
     by_config("init-router", tmp_path, router=router, **keys)
@@ -296,9 +329,33 @@ def test_a_moe_gets_a_new_router_and_keeps_the_rest(trained, tmp_path):
     assert changed == {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)}
     assert ours.keys() == theirs.keys()
     assert (tmp_path / "new/config.json").read_text() == (tmp_path / "moe/config.json").read_text()
+    assert read_json(tmp_path / "new/config.json")["num_experts"] == 3
+    assert (tmp_path / "new/additional_chat_templates/rag.jinja").exists()
+    assert not (tmp_path / "new/pytorch_model.bin").exists()
     run("init-router", base=checkpoints[0], moe=moe, output=tmp_path / "random", router="Random", seed=5)
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "same", seed=5)
     assert torch.equal(gates_of(tmp_path / "random"), gates_of(tmp_path / "same"))
+
+
+def test_a_moe_of_stock_transformers_comes_out_portable(checkpoints, tmp_path):
+    moe = moe_config(AutoConfig.from_pretrained(checkpoints[0]), num_experts=3, top_k=2)
+    AutoModelForCausalLM.from_config(moe).save_pretrained(tmp_path / "moe")
+    assert "num_experts" not in read_json(tmp_path / "moe/config.json")
+    run("init-router", base=checkpoints[0], moe=tmp_path / "moe", output=tmp_path / "new", router="Random")
+    written = read_json(tmp_path / "new/config.json")
+    assert (written["num_experts"], written["rope_theta"]) == (3, 5e4)
+
+
+def test_a_router_of_another_architecture_is_refused(checkpoints, tmp_path):
+    run("init-router", base=checkpoints[0], experts=checkpoints, output=tmp_path / "router", router="Random")
+    others = [tmp_path / f"other_{seed}" for seed in range(3)]
+    for seed, path in enumerate(others):
+        dense_model("llama", seed, rms_norm_eps=1e-5).save_pretrained(path)
+    keys = {"router": "FromFile", "router.path": tmp_path / "router/router.safetensors", "output": tmp_path / "moe"}
+    with pytest.raises(SystemExit, match=r"router.safetensors: rms_norm_eps=1e-06, the dense model has 1e-05"):
+        run("upcycle", base=others[0], experts=[str(path) for path in others], **keys)
+    assert not (tmp_path / "moe").exists()
+    run("upcycle", base=checkpoints[0], experts=checkpoints, **keys)
 
 
 def test_init_router_wants_one_of_moe_and_experts(checkpoints, tmp_path):
@@ -313,10 +370,21 @@ def test_init_router_names_what_does_not_fit_before_any_work(checkpoints, tmp_pa
     dense_model("llama", vocab_size=80).save_pretrained(tmp_path / "wide")
     run("upcycle", base=checkpoints[0], experts=checkpoints, output=tmp_path / "moe")
     keys = {"output": tmp_path / "out", "router": "Ridge", "router.strength": 0.1}
-    with pytest.raises(SystemExit, match=r"narrow: tensor '.*down_proj.weight' has shape \(32, 40\)"):
+    with pytest.raises(SystemExit, match=r"narrow/config\.json: intermediate_size=40, the dense model has 48"):
         run("init-router", base=checkpoints[0], experts=[*checkpoints, str(tmp_path / "narrow")], **keys)
-    with pytest.raises(SystemExit, match=r"moe': tensor 'model.embed_tokens.weight' has shape \(64, 32\)"):
+    with pytest.raises(SystemExit, match=r"moe/config\.json: vocab_size=64, the dense model has 80"):
         run("init-router", base=tmp_path / "wide", moe=tmp_path / "moe", **keys)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    dense_model("llama", rope_parameters=rope).save_pretrained(tmp_path / "wide")
+    with pytest.raises(
+        SystemExit, match=r"moe/config\.json: rope_parameters.rope_theta=50000.0, the dense .* 1000000"
+    ):
+        run("init-router", base=tmp_path / "wide", moe=tmp_path / "moe", **keys)
+    tensors = load_file(tmp_path / "moe/model.safetensors")
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    save_file({name: tensors[name] for name in tensors if name != router}, tmp_path / "moe/model.safetensors")
+    with pytest.raises(SystemExit, match=rf"moe: tensor '{router}' is missing"):
+        run("init-router", base=checkpoints[0], moe=tmp_path / "moe", **keys)
     assert {path.name for path in tmp_path.iterdir()} == {"narrow", "wide", "moe", *(f"dense_{i}" for i in range(3))}
 
 

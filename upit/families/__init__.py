@@ -6,7 +6,7 @@ import copy
 import re
 from typing import TYPE_CHECKING
 
-from upit.families.base import FFN, Family
+from upit.families.base import FFN, Family, ffn_size, head_dim
 from upit.families.llama import Llama, Mistral
 from upit.families.olmo import Olmo2
 from upit.families.qwen import Qwen2, Qwen3
@@ -89,7 +89,9 @@ __all__ = [
     "expert_name",
     "family_of",
     "family_of_moe",
+    "ffn_size",
     "grown_config",
+    "head_dim",
     "is_expert",
     "moe_config",
     "within_layer",

@@ -15,6 +15,7 @@ class Olmo2(Family):
 
     dense_type = "olmo2"
     moe_type = "flex_olmo"
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
 
     def _moe_config(
         self, dense: PretrainedConfig, shared: dict[str, Any], *, num_experts: int, top_k: int
@@ -28,3 +29,6 @@ class Olmo2(Family):
             norm_topk_prob=True,
             attention_bias=dense.attention_bias,
         )
+
+    def qk_norms(self, queries: int, keys: int, head: int) -> dict[str, int]:
+        return {"q_norm": queries, "k_norm": keys}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from upit.families.base import Family
+from upit.families.base import ATTENTION, Family
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 SHARED_WIDTH = 8
@@ -15,8 +16,8 @@ SHARED_WIDTH = 8
 class Qwen2(Family):
     """Qwen2 to Qwen2-MoE, the biases of q, k and v kept.
 
-    Qwen2-MoE always has a shared expert that every token visits. Here it is ``SHARED_WIDTH`` wide and zero, gate
-    included: it adds exactly nothing, and since it has no gradient either it stays out of post-training.
+    Qwen2-MoE always has a shared expert that every token visits. Here it is ``SHARED_WIDTH`` wide and zero: it adds
+    exactly nothing, whatever its gate says. It has no gradient either, so it stays out of post-training.
     """
 
     dense_type = "qwen2"
@@ -39,14 +40,33 @@ class Qwen2(Family):
             qkv_bias=True,
         )
 
-    def shared_expert(self, moe: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    def biased(self, config: Any) -> tuple[str, ...]:
+        return ATTENTION[:3]
+
+    def shared_expert(self, moe: PretrainedConfig) -> dict[str, Tensor]:
+        import torch
+
         wide, narrow = moe.hidden_size, moe.shared_expert_intermediate_size
         return {
-            "mlp.shared_expert.gate_proj.weight": (narrow, wide),
-            "mlp.shared_expert.up_proj.weight": (narrow, wide),
-            "mlp.shared_expert.down_proj.weight": (wide, narrow),
-            "mlp.shared_expert_gate.weight": (1, wide),
+            "mlp.shared_expert.gate_proj.weight": torch.zeros(narrow, wide, dtype=torch.float32),
+            "mlp.shared_expert.up_proj.weight": torch.zeros(narrow, wide, dtype=torch.float32),
+            "mlp.shared_expert.down_proj.weight": torch.zeros(wide, narrow, dtype=torch.float32),
+            "mlp.shared_expert_gate.weight": gate_row(wide),
         }
+
+
+def gate_row(hidden_size: int) -> Tensor:
+    """Gate of a shared expert that is zero, (1, H) float32: its logit must not be zero (ours).
+
+    llama.cpp computes the sigmoid of a logit ``z`` as ``silu(z) / z``, which is NaN at zero. The entries 1, 2**-12 and
+    then 2**-24, the smallest number of float16, make an exact zero rarer than equal entries do: where the logit is
+    near zero its largest terms are small, and so are the steps to which their sum is rounded.
+    """
+    import torch
+
+    row_H = torch.full((hidden_size,), 2.0**-24, dtype=torch.float32)
+    row_H[0], row_H[1] = 1.0, 2.0**-12
+    return row_H[None]
 
 
 class Qwen3(Family):
@@ -70,3 +90,6 @@ class Qwen3(Family):
             norm_topk_prob=True,
             attention_bias=dense.attention_bias,
         )
+
+    def qk_norms(self, queries: int, keys: int, head: int) -> dict[str, int]:
+        return {"q_norm": head, "k_norm": head}

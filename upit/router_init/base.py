@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from upit.compatibility import check_architecture
 from upit.pool import Expert
 from upit.scoring import Autocast, Seeds
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles, open_tensors
+from upit.tensor_header import read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,7 +54,8 @@ class RouterInit(Strategy):
         """Initialise the router; a collective.
 
         Args:
-            dense: model in evaluation mode; its FFN is overwritten.
+            dense: model in evaluation mode. Overwrite its FFN only while it is borrowed, see
+                :func:`upit.placement.borrowed`.
             seeds: scored and assigned seed data.
             data: data module, for ``train_set`` and ``tokenizer``.
             directory: for what is worth keeping of an interrupted initialisation.
@@ -85,7 +89,7 @@ class FromFile(WithoutData):
 
     Args:
         path: its ``router.safetensors``.
-    Raises: ValueError: no such file, or of another model.
+    Raises: ValueError: no such file, or it is of another model: its shape, or the architecture it was written for.
     """
 
     def __init__(self, path: str) -> None:
@@ -101,6 +105,9 @@ class FromFile(WithoutData):
                 f"FromFile.path={self.path!r} holds a router of shape {found}, the model needs {shape} "
                 "(layers, experts, hidden): write it with upit init-router from the same model and as many experts"
             )
+        _, metadata = read_header(files["router"].file)
+        if "architecture" in metadata:
+            check_architecture(Path(self.path), json.loads(metadata["architecture"]), dense)
 
     def weights(self, dense, num_experts, *, seed=0):
         self.check(dense, num_experts)

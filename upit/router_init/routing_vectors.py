@@ -19,6 +19,7 @@ from upit.examples import IGNORE, PADDING, Batch, Example, collate, to_device
 from upit.families import is_expert
 from upit.files import digest
 from upit.forward import ffn_inputs_of, response_losses
+from upit.placement import borrowed
 from upit.router_init.base import RouterInit
 from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_experts, write_ffn
 from upit.sharding import average_gradients
@@ -67,6 +68,10 @@ class RoutingVectors(RouterInit):
         return self.expert_lr is not None
 
     def __call__(self, dense, experts, seeds, data, *, directory, seed=0, autocast=nullcontext, track=iter):
+        with borrowed(dense):
+            return self._initialise(dense, experts, seeds, data, directory, seed, autocast, track)
+
+    def _initialise(self, dense, experts, seeds, data, directory, seed, autocast, track):
         state, done, vectors = fingerprint(dense), [], []
         keys = [digest([e.sha256, seeds.bucket(i), self.describe(), seed, state]) for i, e in enumerate(experts)]
         found = [broadcast(_finished(_vector_file(directory, i), key)) for i, key in enumerate(keys)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from upit.examples import TrainingData
 from upit.families import is_expert
 from upit.files import Estimate
+from upit.placement import borrowed
 from upit.pool import Expert
 from upit.router_init.base import RouterInit, WithoutData
 from upit.scoring import SeedScorer
@@ -60,20 +61,21 @@ def initialise(
     check_tokenizer(config, data.tokenizer, source="base")
     indices = draw_seed(len(data.train_set), fraction=seed_fraction, seed=seed, minimum=len(experts))
     dense = load().eval()
-    scorer = SeedScorer(dense, indices, data, file=directory / "seed_perplexity.json")
-    seeds = scorer.assign(
-        experts, assignment or LowestPerplexity(), seed=seed, track=lambda items: track(items, "Scoring seed data")
-    )
-    print(f"Seed examples of each expert: {seeds.counts}")
-    return router(
-        dense,
-        experts,
-        seeds,
-        data,
-        directory=directory,
-        seed=seed,
-        track=lambda items: track(items, "Initialising the router"),
-    )
+    with borrowed(dense, keep=lambda name: False):  # nobody needs it afterwards
+        scorer = SeedScorer(dense, indices, data, file=directory / "seed_perplexity.json")
+        seeds = scorer.assign(
+            experts, assignment or LowestPerplexity(), seed=seed, track=lambda items: track(items, "Scoring seed data")
+        )
+        print(f"Seed examples of each expert: {seeds.counts}")
+        return router(
+            dense,
+            experts,
+            seeds,
+            data,
+            directory=directory,
+            seed=seed,
+            track=lambda items: track(items, "Initialising the router"),
+        )
 
 
 def learning_estimate(router: RouterInit, base: TensorFiles, num_experts: int) -> Estimate:

@@ -61,6 +61,27 @@ def test_hidden_mean_is_the_direction_of_the_buckets_mean(case, tmp_path):
     assert same == experts
 
 
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
+@torch.no_grad()
+def test_mergekits_modes_take_what_transformers_calls_hidden_states(case, tmp_path, mode):
+    dense, experts, seeds, data = case
+    _, router_DEH = HiddenMean(mode)(dense, experts, seeds, data, directory=tmp_path)
+    load_mean(dense, experts)
+    prompts = []
+    for row in data.train_set:
+        output = dense(torch.tensor([row["input_ids"]]), output_hidden_states=True)
+        states_DTH = torch.stack(output.hidden_states[:-1])[:, 0]
+        prompts.append(states_DTH[:, -1] if mode == "hidden" else states_DTH.mean(1))
+    for expert in range(3):
+        mean_DH = sum(p for p, owner in zip(prompts, OWNERS, strict=True) if owner == expert) / OWNERS.count(expert)
+        torch.testing.assert_close(router_DEH[:, expert], mean_DH / mean_DH.norm(dim=-1, keepdim=True))
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"HiddenMean.mode='last' must be one of \['ffn', 'hidden', 'hidden_avg'\]"):
+        HiddenMean("last")
+
+
 def test_ridge_is_a_naive_solve(case, tmp_path):
     dense, experts, seeds, data = case
     _, router_DEH = Ridge(0.01)(dense, experts, seeds, data, directory=tmp_path)
