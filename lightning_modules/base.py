@@ -34,7 +34,6 @@ from upit.sharding import shard
 
 SETTINGS = "settings"  # of the run, in the identity; see lightning_modules.resume
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
-WINDOW = "upit_window"  # of gradient accumulation, in checkpoints that are saved within one
 
 
 class CausalLMModule(EvaluatedModule):
@@ -101,7 +100,7 @@ class CausalLMModule(EvaluatedModule):
         self._set_aside: list[torch.optim.Optimizer] = []
         self._window = TokenWindow()
         self._watch = FiniteWatch(lambda name, step: stop(self, f"the {name}", step))
-        self._resumed_window: dict[str, Any] | None = None  # of a checkpoint that was saved within a window
+        self._means_before: Tensor | None = None  # totals of the means when the window began
         self.last_fit = False  # nothing is done with model and optimizer once the fit is over, as on the command line
 
     # --- the phase -----------------------------------------------------------------------------------
@@ -217,9 +216,11 @@ class CausalLMModule(EvaluatedModule):
         with torch.compiler.set_stance("default"):
             loss, terms, tokens = self.active.objective(batch)
         self._watch.add("loss", self.trainer.global_step + 1, loss)
-        self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
         if self._accumulates:
-            self._window.add(tokens, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
+            first = batch_idx % self.trainer.accumulate_grad_batches == 0
+            self._means_before = self.active.means.totals_2N.clone() if first else self._means_before
+            self._window.add(tokens, first=first)
+        self.active.means.update(torch.stack(list(terms.values())) * tokens, tokens.expand(len(terms)))
         if self._is_logged(batch_idx):
             self._log_means()
         return loss
@@ -234,7 +235,6 @@ class CausalLMModule(EvaluatedModule):
             super().backward(loss, *args, **kwargs)
             return
         super().backward(loss * self._window.weight, *args, **kwargs)
-        self._window.added()
 
     def _is_logged(self, batch_idx: int) -> bool:
         """Whether a batch is the last of an optimizer step that ``trainer.log_every_n_steps`` picks."""
@@ -405,9 +405,6 @@ class CausalLMModule(EvaluatedModule):
             fresh = self.active.optimizers_for(self.phase_steps())
             (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
             take_settings(optimizer, schedule.scheduler, fresh["optimizer"], fresh["lr_scheduler"]["scheduler"])
-        if self._resumed_window is not None:
-            self._window.load_state_dict(self._resumed_window, self)
-            self._resumed_window = None
 
     # --- checkpoints by a metric ---------------------------------------------------------------------
 
@@ -453,12 +450,10 @@ class CausalLMModule(EvaluatedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
         checkpoint[IDENTITY] = self.identity() | {SETTINGS: self._settings}
-        checkpoint[MEANS] = self.active.means.totals()  # of several ranks, rank 0's stand for all
-        if self.trainer.state.fn == "fit":
+        # of several ranks, rank 0's stand for all; an open window is trained again, see settle
+        checkpoint[MEANS] = self.active.means.totals(self._means_before if self._window.is_open else None)
+        if self.trainer.state.fn == TrainerFn.FITTING:
             settle(checkpoint["loops"]["fit_loop"], self.trainer)
-        if self._window.is_open and "optimizer_states" in checkpoint:
-            accumulate = self.trainer.accumulate_grad_batches
-            checkpoint[WINDOW] = {"accumulate": accumulate, **self._window.state_dict(self)}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -474,18 +469,3 @@ class CausalLMModule(EvaluatedModule):
             if self._trainer is not None:
                 self.active.finish(self._trainer, self.lm)
         self.active.means.restore(checkpoint.get(MEANS, {}))
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._resumed_window = self._checked_window(checkpoint.get(WINDOW))
-
-    def _checked_window(self, window: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Raises: ValueError: the checkpoint's pending gradients can't be restored."""
-        if window is None:
-            return None
-        if self.trainer.world_size > 1 or window["gradients"] is None:
-            raise ValueError(
-                f"ckpt_path={str(self.trainer.ckpt_path)!r} was saved within the {window['accumulate']} batches of an "
-                "optimizer step, and its pending gradients can't be restored: that takes one process, and no "
-                "interruption within a batch. Resume from another checkpoint, and set trainer.val_check_interval to a "
-                "multiple of accumulate_grad_batches"
-            )
-        return window

@@ -45,9 +45,10 @@ class WeightedMeans(Metric):
         sums_N, weights_N = self.totals_2N.cpu()
         return {name: sums_N[n] / weights_N[n] for n, name in enumerate(self.names) if weights_N[n] > 0}
 
-    def totals(self) -> dict[str, list[float]]:
-        """Sum and weight of each name so far, of this rank, for a checkpoint."""
-        return dict(zip(self.names, self.totals_2N.T.tolist(), strict=True))
+    def totals(self, earlier_2N: Tensor | None = None) -> dict[str, list[float]]:
+        """Sum and weight of each name so far, or as they were earlier, of this rank, for a checkpoint."""
+        totals_2N = self.totals_2N if earlier_2N is None else earlier_2N
+        return dict(zip(self.names, totals_2N.T.tolist(), strict=True))
 
     def restore(self, totals: Mapping[str, Sequence[float]]) -> None:
         """Go on from :meth:`totals`; a name that is not there starts at nothing."""

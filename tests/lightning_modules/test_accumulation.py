@@ -224,7 +224,7 @@ def resumed(cache, run, checkpoint, **trainer):
     return module.lm.state_dict()
 
 
-def test_a_checkpoint_within_a_window_keeps_its_gradients(cache, tmp_path):
+def test_a_checkpoint_within_a_window_goes_on_from_its_beginning(cache, tmp_path):
     run, settings = tmp_path / "run", {"accumulate_grad_batches": 3, "max_steps": 8}
     module = make_module()
     saved = [5, 20, 21]  # within a window of the dense phase, of the MoE's, and between two
