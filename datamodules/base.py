@@ -122,7 +122,8 @@ class ConversationDataModule(L.LightningDataModule):
         self.domain_weights = domain_weights or {}
         self.domain_caps = domain_caps or {}
         self.num_processes = num_processes
-        self.verifiers = {domain_name(name): own for name, own in {"default": Exact(), **(verifiers or {})}.items()}
+        self.verifiers: dict[str, Verifier | None] = {"default": Exact()}
+        self.verifiers |= {domain_name(name): own for name, own in (verifiers or {}).items()}
         self.score_examples = score_examples
         self.tokenizer: Any = None
         self.invalid = "refuse"  # what is done about conversations that the template refuses
@@ -173,7 +174,7 @@ class ConversationDataModule(L.LightningDataModule):
 
     def verify(self, example: Mapping[str, Any], completion: str) -> bool:
         """Whether a completion answers an example, by its domain's verifier."""
-        verifier = self.verifiers.get(example.get("domain"), self.verifiers["default"])
+        verifier = self.verifiers.get(example.get("domain", "default"), self.verifiers["default"])
         return verifier is not None and verifier(example, completion)
 
     def scored_examples(self) -> list[int]:

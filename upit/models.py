@@ -1,7 +1,6 @@
 """Build dense and MoE models: from pretrained weights, or from a config."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def from_scratch(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     return model.to(device=device, dtype=dtype)
 
 
-def rebuild(identity: Mapping[str, Any]) -> PreTrainedModel:
+def rebuild(identity: dict[str, Any]) -> PreTrainedModel:
     """The model that a checkpoint's identity describes, with fresh weights and its source's generation settings."""
     model = build(config_of(identity))
     model.generation_config = GenerationConfig(**identity.get("generation", {}))

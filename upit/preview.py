@@ -46,8 +46,8 @@ def print_data(
     for domain, counts in domains.items():
         table.add_row(domain, *[f"{count:,}" for count in counts])
     console.print(table)
-    for name, counts in parts.items():
-        for reason, own in counts.get("reasons", {}).items():
+    for name, found in parts.items():
+        for reason, own in found.get("reasons", {}).items():
             console.print(f"{name}: {own['count']:,} dropped: {reason} (first {own['first']})", markup=False)
     for label, value in facts:
         console.print(f"{label}: {value}", markup=False, soft_wrap=True)

@@ -492,3 +492,31 @@ def test_the_default_verifier_ignores_white_space_alone(make_instruction):
     module = make_instruction(train_files=["a.jsonl"])
     assert module.verify({"answer": "4 2"}, "  4  2\n")
     assert not module.verify({"answer": "4 2"}, "42")
+
+
+def test_a_dataset_of_the_hub_by_name_configuration_and_revision(make_instruction, monkeypatch):
+    asked = {}
+
+    def load(name, configuration, **kwargs):
+        asked.update(name=name, configuration=configuration, **kwargs)
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr("datamodules.instruction.load_dataset", load)
+    settings = {"dataset": "org/sums", "configuration": "easy", "revision": "abc123", "split": "train[:20]"}
+    module = ready(make_instruction(**settings))
+    assert asked == {"name": "org/sums", "configuration": "easy", "revision": "abc123", "split": "train[:20]"}
+    assert module.domains == ["sums"]
+    keys = {
+        make_instruction(**{**settings, **other}).folder
+        for other in ({}, {"configuration": "hard"}, {"revision": "d"})
+    }
+    assert len(keys) == 3
+
+
+def test_a_dataset_that_cannot_be_loaded_is_named(make_instruction, monkeypatch):
+    def load(*args, **kwargs):
+        raise ValueError("Unknown split 'tests'")
+
+    monkeypatch.setattr("datamodules.instruction.load_dataset", load)
+    with pytest.raises(ValueError, match=r"data\.dataset='org/sums' can't be loaded: Unknown split 'tests'"):
+        make_instruction(dataset="org/sums").prepare_data()
