@@ -266,6 +266,7 @@ class ConversationDataModule(L.LightningDataModule):
             for name, places in (("train", split.train), ("heldout", split.heldout))
         }
         stats["train"]["copies"], stats["heldout"]["cut"] = split.copies, split.cut
+        stats["heldout"]["given"] = heldout is not None
         write_json(folder / "stats.json", {**stats, "domains": names})
 
     def _tokenise(self, tokenizer, rows: Iterable[Row], writer: TableWriter, part: str) -> None:
@@ -370,10 +371,7 @@ class ConversationDataModule(L.LightningDataModule):
             if counts["cut"]:
                 done = "cut" if name == "train" else "left out, since no answer to them can be right"
                 longer = f"{counts['cut']} of {total} examples are longer than max_length={self.max_length}"
-                warnings.warn(
-                    f"{name}: {longer}: {done}",
-                    stacklevel=3,
-                )
+                warnings.warn(f"{name}: {longer}: {done}", stacklevel=3)
             if counts["dropped"]:
                 warnings.warn(
                     f"{name}: {counts['dropped']} of {total} examples are dropped: {Dropped(counts['reasons'])}",
@@ -392,7 +390,7 @@ class ConversationDataModule(L.LightningDataModule):
             )
         trained = {self.train_set.domain_names[i] for i in np.unique(self.train_set.domain_ids)}
         missing = sorted(trained - set(self.domains))
-        if missing:
+        if missing and not heldout["given"]:  # else its files may be named otherwise
             warnings.warn(
                 f"no examples of {missing} are held out ({heldout['examples']} in all): these domains get no scores",
                 stacklevel=3,

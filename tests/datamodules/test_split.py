@@ -33,8 +33,9 @@ def test_copies_of_a_held_out_file_are_not_trained_on(make_instruction, tmp_path
     train, heldout = write_jsonl(tmp_path / "a.jsonl", rows(20)), write_jsonl(tmp_path / "b.jsonl", rows(6, 17))
     module = make_instruction(train_files=[train], heldout_files=[heldout])
     module.prepare_data()
-    with pytest.warns(UserWarning, match="3 training examples are copies of held-out"):
+    with pytest.warns(UserWarning, match="3 training examples are copies of held-out") as told:
         module.setup("fit")
+    assert len(told) == 1, "the held-out file is another domain"
     assert (len(module.train_set), len(module.heldout_set)) == (17, 6)
     with pytest.raises(ValueError, match="nothing is left to train on"):
         make_instruction(train_files=[train], heldout_files=[train, heldout]).prepare_data()
