@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 import os
 import shutil
 import signal
@@ -230,14 +231,10 @@ def _show_data(data: Any, config: Any, harvest: Any, upcycling: Any) -> None:
     batches = len(data.train_dataloader())
     steps = -(-batches // (config.accumulate_grad_batches or 1))
     facts = [("steps an epoch", f"{steps:,} ({batches:,} batches of {data.batch_size} rows)")]
-    epochs, most = config.max_epochs or -1, config.max_steps
-    total = min(bound for bound in (epochs * steps, most, 10**12) if bound > 0)
-    if upcycling is not None and upcycling.at_epoch is not None:
-        total = min(total, round(upcycling.at_epoch * steps))
-    elif upcycling is not None:
-        total = min(total, upcycling.at_step)
-    if harvest is not None and total < 10**12:
-        points = harvest.points(until=total, steps_per_epoch=steps)
+    bounds = [config.max_epochs or math.inf, config.max_steps / steps, *_swap_epoch(upcycling, steps)]
+    epochs = min(bound for bound in (*bounds, math.inf) if bound > 0)
+    if harvest is not None and math.isfinite(epochs):
+        points = sorted(set(harvest.points(epochs, steps_per_epoch=steps)))
         facts.append(("harvest points", ", ".join(map(str, points))))
     parts = {name: data.stats[name] for name in ("train", "heldout")}
     names = data.train_set.domain_names
@@ -274,6 +271,13 @@ def _configs(args: list[str]) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(text)
+
+
+def _swap_epoch(upcycling: Any, steps_per_epoch: int) -> list[float]:
+    """Where the dense phase ends, in epochs; nothing without a swap."""
+    if upcycling is None:
+        return []
+    return [upcycling.at_step / steps_per_epoch if upcycling.at_epoch is None else upcycling.at_epoch]
 
 
 def _train(args: list[str] | None, *, preview: bool = False) -> None:
