@@ -178,7 +178,7 @@ def _child(
     weights = [birth["alpha"], birth["beta"]]
     ancestors = [base.sha256, *(parent.sha256 for parent in parents)]
     device = [residence.device.type] if residence else []  # which draws masks, and rounds, in its own way
-    fingerprint = digest([ancestors, weights, how.merge.describe(), seed, number, *device])
+    fingerprint = digest([ancestors, weights, how.merge.key(), seed, number, *device])
 
     def child(name: str) -> tuple[str, Tensor]:
         generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]

@@ -16,7 +16,7 @@ from upit.compatibility import check_config, check_shapes, check_vocabulary
 from upit.distributed import on_rank_zero
 from upit.files import digest, seeded
 from upit.pool import Expert, Pool, write_once
-from upit.scoring import fingerprint, write_ffn
+from upit.scoring import write_ffn
 from upit.similarity import Track, untracked
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles, open_tensors
@@ -117,7 +117,7 @@ class _Clones(ExpertSource):
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         file = output / "dense.safetensors"
-        sha256 = write_ffn(dense, file, fingerprint(dense))
+        sha256 = write_ffn(dense, file)
         original = Expert(file, sha256, str(dense.dtype).removeprefix("torch."))
         return [self._clone(original, i, output, seed, track) for i in range(num_experts)]
 
@@ -132,7 +132,7 @@ class _Clones(ExpertSource):
                 yield name, self.alter(name, tensor.float(), seed, i).to(tensor.dtype)
 
         path = output / f"{self.kind}_{i:02d}.safetensors"
-        key = digest([original.sha256, self.describe(), seed, i])
+        key = digest([original.sha256, self.key(), seed, i])
         sha256 = on_rank_zero(lambda: write_once(path, tensors(), original.specs, key))
         return Expert(path, sha256, original.dtype, origin=origin)
 

@@ -213,10 +213,10 @@ def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, mon
         patch.setattr(Pool, "gather", killed)
         with pytest.raises(KeyboardInterrupt):
             expand(checkpoints, pool)
-    before = {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")}
+    before = {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*.safetensors")}
     assert len(before) == 2
     expand(checkpoints, pool)
-    assert {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")} == before
+    assert {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*.safetensors")} == before
     with pytest.raises(SystemExit, match="holds a pool already"):
         expand(checkpoints, pool)
     with pytest.raises(SystemExit, match="is one of the inputs"):
