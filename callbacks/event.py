@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
+from upit.artefacts import LINEAGE_FILE, write_lineage
 from upit.checkpoints import last_checkpoint
 from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
@@ -192,7 +193,7 @@ class UpcyclingEvent(Callback):
             **choices,
         )
         if rank() == 0:
-            write_json(directory / "lineage.json", expansion.lineage)
+            write_lineage(directory / LINEAGE_FILE, expansion.lineage)
             write_json(directory / "similarity.json", expansion.similarity)
         return expansion
 

@@ -1,12 +1,14 @@
 """More experts later: a second upcycling event in the same fit."""
 
+from pathlib import Path
+
 import torch
 from typing_extensions import override
 
 from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.protocol import upcycles
 from callbacks.upcycling import Upcycling
-from upit.artefacts import Run
+from upit.artefacts import LINEAGE_FILE, Run, read_lineage
 from upit.distributed import rank
 from upit.growth import MergedRows, NewRows, router_of, trained_experts
 from upit.merging import Merge
@@ -105,8 +107,9 @@ class ExpertGrowth(UpcyclingEvent):
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:
-        if self.due_at(pl_module) is not None:  # resumed after the swap: is its base still there?
+        if self.due_at(pl_module) is not None:  # resumed after the swap: are its base and lineage still there?
             self.upcycling.harvest.collect()
+            read_lineage(Path(trainer.default_root_dir) / self.upcycling.name / LINEAGE_FILE)
 
     # --- the growth ----------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ class Upcycling(UpcyclingEvent):
         if not points:
             raise ValueError(f"{self.when} (step {step}) comes before the first harvest; harvest earlier")
         available = self.source.count(len(points), num_experts)
-        metrics = self.source.metrics(module.metrics_by(points[-1]))
+        metrics = self.source.metrics([module.metrics_by(point) for point in points], num_experts)
         check_choices(available, num_experts, self.parents, metrics)
         counts = [self.source.count(harvested, num_experts) for harvested in range(1, len(points) + 1)]
         self.harvest.least = 1 + sum(count < min(2, num_experts) for count in counts)

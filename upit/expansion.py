@@ -1,5 +1,6 @@
 """Expert expansion: any number of experts from M checkpoints (arXiv:2410.01610, Algorithm 2)."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,12 +119,12 @@ def _bred(
     return [replace(expert, residence=None) for expert in _written(experts, how.track)], products
 
 
-def check_choices(available: int, num_experts: int, parents: Parents, metrics: Collection[str]) -> None:
+def check_choices(available: int, num_experts: int, parents: Parents, metrics: Sequence[Collection[str]]) -> None:
     """Refuse, before any work, what could not give N experts.
 
     Args:
         available: M.
-        metrics: names of those that the experts come with.
+        metrics: for each expert, the names of those that it comes with.
     Raises: ValueError: N < 1; or N > M and fewer than two experts to merge, or parents that can't be chosen.
     """
     if num_experts < 1:
@@ -137,9 +138,9 @@ def check_choices(available: int, num_experts: int, parents: Parents, metrics: C
         parents.check(metrics)
 
 
-def metrics_of(experts: Iterable[Expert]) -> set[str]:
-    """Names of the metrics that some of the experts come with."""
-    return {name for expert in experts for name in expert.metrics}
+def metrics_of(experts: Iterable[Expert]) -> list[set[str]]:
+    """For each expert, the names of the metrics that it comes with and that are numbers."""
+    return [{name for name, value in expert.metrics.items() if math.isfinite(value)} for expert in experts]
 
 
 def _products(experts: Sequence[Expert], new: int, base: Expert, how: _Choices) -> Tensor:

@@ -45,7 +45,7 @@ def read_json(path: Path, kind: type | None = None) -> Any:
     return value
 
 
-def check_fields(value: Any, fields: Fields, file: Path, where: str) -> None:
+def check_fields(value: Any, fields: Fields, file: str | Path, where: str) -> None:
     """Check that part of a JSON file is an object with certain fields.
 
     Args:
@@ -93,6 +93,12 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# Versions of the formats that upit writes and reads again. Raise one when the format changes.
+MANIFEST_VERSION = 1  # manifest.json of a pool
+RECORD_VERSION = 1  # the file beside a merged expert, a copy, or routing vectors
+LINEAGE_VERSION = 1  # lineage.json
+SEEDS_VERSION = 1  # seed_perplexity.json
+CHECKPOINT_VERSION = 1  # what a training checkpoint says about its model
 MAKE_AGAIN = "make it again with this version, or use the version that wrote it"
 
 

@@ -15,6 +15,8 @@ from upit.ahead import ahead
 from upit.families import is_expert
 from upit.files import (
     MAKE_AGAIN,
+    MANIFEST_VERSION,
+    RECORD_VERSION,
     FileError,
     check_fields,
     check_version,
@@ -28,8 +30,6 @@ from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 if TYPE_CHECKING:
     from upit.resident import Residence
 
-MANIFEST_VERSION = 1
-RECORD_VERSION = 1  # of the file beside a merged expert, a copy, or a routing vector
 READERS = 4  # files, or tensors, at a time; ours
 
 

@@ -22,7 +22,7 @@ from upit.ahead import ahead
 from upit.distributed import all_sum, broadcast, on_rank_zero, own_share, rank
 from upit.examples import Batch, Example, collate, length_grouped, to_device
 from upit.families import is_expert, within_layer
-from upit.files import read_sealed, seeded, write_sealed
+from upit.files import SEEDS_VERSION, read_sealed, seeded, write_sealed
 from upit.finite import NotFiniteError
 from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
@@ -33,7 +33,6 @@ from upit.sharding import full, local, local_slices
 from upit.state_key import examples_key, state_key
 from upit.tensor_files import Specs
 
-SEEDS_VERSION = 1  # of seed_perplexity.json
 BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
 GPU_BATCH_TOKENS = 32768  # the same where the host takes longer to launch a pass than the GPU to run it; ours
 MAX_LOSS = 700.0  # nats a token, of which the perplexity is still a float64

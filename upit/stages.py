@@ -135,6 +135,7 @@ def expand(
 
     import torch
 
+    from upit.artefacts import LINEAGE_FILE, write_lineage
     from upit.expansion import check_choices, metrics_of
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
@@ -184,7 +185,7 @@ def expand(
     own = pool.gather(origin, expansion.experts, track=lambda numbers: _bar(numbers, "Copying experts"))
     places = [{"file": str(expert.file), "sha256": expert.sha256} for expert in own]
     lineage = [entry | place for entry, place in zip(expansion.lineage, places, strict=True)]
-    write_json(pool.directory / "lineage.json", lineage)
+    write_lineage(pool.directory / LINEAGE_FILE, lineage)
     write_json(pool.directory / "similarity.json", expansion.similarity)
     print(f"{num_experts} experts in {output}")
 

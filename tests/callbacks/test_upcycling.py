@@ -114,6 +114,7 @@ def test_experts_are_expanded_on_the_device_that_is_said_or_on_the_one_that_trai
             r"Best\.metric='val/loss': .* only with \['dense/lm_loss', 'train/loss'\]",
         ),
         ("val/loss", {"val_check_interval": "00:10:00:00"}, r"Best\.metric='val/loss'"),
+        ("val/loss", {"val_check_interval": 5}, r"Best\.metric='val/loss': only 1 of 2 experts comes with it"),
         ("train/loss", {"log_every_n_steps": 7}, r"Best\.metric='train/loss': .* only with .*'val/loss'"),
     ],
 )
@@ -143,13 +144,13 @@ def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(
 
 def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
     callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("val/loss")}, report=False)
-    trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=5, max_steps=7)
+    trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=2, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
 
 def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
     callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("train/loss")}, report=False)
-    trainer = fit(tmp_path, make_data(), callbacks, log_every_n_steps=6, max_steps=7)
+    trainer = fit(tmp_path, make_data(), callbacks, log_every_n_steps=2, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
 
