@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from upit.ahead import ahead
+from upit.checks import checked_assignment
 from upit.distributed import all_sum, broadcast, on_rank_zero, own_share, rank
 from upit.examples import Batch, Example, collate, length_grouped, to_device
 from upit.families import is_expert, within_layer
@@ -277,7 +278,12 @@ class SeedScorer:
     ) -> Seeds:
         """Who gets which seed example; writes the whole of ``file``."""
         perplexity_SN = torch.tensor(self.perplexities(experts, track=track), dtype=torch.float64).T
-        seeds = Seeds(self.indices, perplexity_SN, assignment(perplexity_SN, seeded(seed, "assignment")))
+        expert_S = assignment(perplexity_SN, seeded(seed, "assignment"))
+        expert_S = checked_assignment(assignment, expert_S, *perplexity_SN.shape)
+        seeds = Seeds(self.indices, perplexity_SN, expert_S)
+        without = [expert for expert, count in enumerate(seeds.counts) if not count]
+        if without and rank() == 0:
+            warnings.warn(f"{assignment.class_path} gives no seed example to the experts {without}", stacklevel=2)
         if rank() == 0:
             examples = [
                 {"id": row["id"], "domain": row["domain"], "perplexity": perplexity, "expert": owner}

@@ -48,6 +48,10 @@ class Parents(Strategy):
             used: pairs that have a child.
         """
         cost = self.cost(similarity, experts, generator)
+        size = len(experts), len(experts)
+        if tuple(cost.shape) != size or cost.isnan().any():
+            found = f"shape {tuple(cost.shape)}, or NaN"
+            raise ValueError(f"{self.class_path}.cost returned {found}: expected a number for each pair, {size}")
         pairs = [(j, k) for k in range(len(experts)) for j in range(k)]
         free = [pair for pair in pairs if pair not in used] or pairs
         return min(free, key=lambda pair: (float(cost[pair]), pair))

@@ -139,9 +139,12 @@ def expand(
     from upit.expansion import check_choices, metrics_of
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
+    from upit.merging import Dare
     from upit.pool import Pool
+    from upit.rehearsal import rehearse_expansion
     from upit.resident import checked_device
-    from upit.selection import MostDissimilar
+    from upit.selection import Even, MostDissimilar
+    from upit.similarity import Cosine
     from upit.stage_inputs import (
         all_experts,
         base_at,
@@ -152,11 +155,31 @@ def expand(
     )
 
     check_similarity(similarity)
+    for field, choice in {
+        "merge": merge,
+        "parents": parents,
+        "similarity": similarity,
+        "selection": selection,
+    }.items():
+        if choice is not None:
+            choice.check_description(field)
     checked_device(device, "device")
     pool, found, origin = Pool(Path(output)), all_experts(experts), base_at(base)
     check_apart(pool.directory, [base, *experts])
     check_experts(found, origin)
     check_choices(len(found), num_experts, parents or MostDissimilar(), metrics_of(found))
+    rehearse_expansion(
+        merge=merge or Dare(),
+        parents=parents or MostDissimilar(),
+        similarity=similarity or Cosine(),
+        selection=selection or Even(),
+        metrics=metrics_of(found),
+        available=len(found),
+        num_experts=num_experts,
+        shapes=origin.shapes,
+        dtype=next(iter(found[0].specs.values()))[0],
+        device=checked_device(device, "device"),
+    )
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
     if any(file.suffix not in (".safetensors", ".json") for file in pool.directory.glob("*")):
