@@ -7,12 +7,14 @@ import sys
 import types
 import uuid
 import warnings
+from abc import ABC
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 LIBRARIES = sys.stdlib_module_names | {"torch"}
+GIVEN = {*vars(ABC), *vars(type("", (), {})), "__firstlineno__", "__static_attributes__"}  # of every class
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -31,8 +33,18 @@ def code_of(kind: type) -> list[list[str]]:
 
     If the code can't be read, the digest is a random one, so that nothing is reused, and a warning says so.
     """
-    own = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in LIBRARIES]
+    own = [base for base in kind.__mro__ if not _is_of_library(base)]
     return [[base.__module__, base.__qualname__, _digest_of(base)] for base in own]
+
+
+def _is_of_library(kind: type) -> bool:
+    """Whether a class belongs to the standard library or torch; one made by ``type()`` only says so."""
+    if kind.__module__.partition(".")[0] not in LIBRARIES:
+        return False
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind
 
 
 @cache
@@ -82,9 +94,9 @@ def _refuse_closures(kind: type) -> None:
             raise NoSourceError(f"its code depends on {names} of the function that defines it")
 
 
-def _functions_in(kind: type) -> Iterator[types.FunctionType]:
-    """The functions that a class defines, those of properties and the like too."""
-    for value in vars(kind).values():
+def _functions_in(kind: type, *names: str) -> Iterator[types.FunctionType]:
+    """The functions that a class defines, those of properties and the like too; only the named ones, if any are."""
+    for value in map(vars(kind).get, names or vars(kind)):
         inner = (value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset", "fdel", "func")))
         yield from (found for found in inner if isinstance(found, types.FunctionType))
 
@@ -92,13 +104,14 @@ def _functions_in(kind: type) -> Iterator[types.FunctionType]:
 def _own_code(kind: type) -> str:
     """Code of a class without a file, and of the functions and plain values of its module that the code names."""
     content: dict[str, Any] = {}
-    for function in _functions_in(kind):
-        _add_code(function, content)
-    if not content:
-        raise NoSourceError("its source is not available")
-    for name, value in vars(kind).items():
-        if not name.startswith("__") and (plain := _plain(value)) is not None:
-            content[f"{kind.__qualname__}.{name}"] = plain
+    for name in vars(kind).keys() - GIVEN:
+        functions, plain = list(_functions_in(kind, name)), _plain(vars(kind)[name])
+        if not functions and plain is None:
+            raise NoSourceError(f"the code of its {name} is not available")
+        for function in functions:
+            _add_code(function, content)
+        if plain is not None:
+            content[f"{kind.__qualname__}.{name} ="] = plain
     return json.dumps(content, sort_keys=True)
 
 

@@ -73,6 +73,9 @@ def rehearse_expansion(
         device: where experts will be merged.
     Raises: ValueError: a choice returns something else than it should; names its class.
     """
+    choices = {"merge": merge, "parents": parents, "similarity": similarity, "selection": selection}
+    for field, choice in choices.items():
+        choice.check_description(field)
     small = {name: tuple(min(size, LARGEST) for size in shapes[name]) for name in list(shapes)[:3]}
     _rehearse_similarity(similarity, small, dtype)
     matrix = similarity_like(available)
@@ -103,14 +106,14 @@ def _rehearse_merge(merge: Merge, name: str, shape: tuple[int, ...], dtype: torc
 
     with dry_call(merge, device):
         one, other = merged(), merged()
+        if not all(torch.equal(tensor, before) for tensor, before in zip(tensors, kept, strict=True)):
+            raise ValueError(f"{merge.class_path} changed a tensor that it was given: work on a copy")
         if not one.isfinite().all():
             raise ValueError(f"{merge.class_path} made NaN or infinity of finite tensors")
         if not torch.equal(one, other):
             raise ValueError(
                 f"{merge.class_path} made two children of the same parents and seed: draw from the generators only"
             )
-        if not all(torch.equal(tensor, before) for tensor, before in zip(tensors, kept, strict=True)):
-            raise ValueError(f"{merge.class_path} changed a tensor that it was given: work on a copy")
 
 
 def _rehearse_similarity(similarity: Similarity, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:

@@ -155,15 +155,7 @@ def expand(
     )
 
     check_similarity(similarity)
-    for field, choice in {
-        "merge": merge,
-        "parents": parents,
-        "similarity": similarity,
-        "selection": selection,
-    }.items():
-        if choice is not None:
-            choice.check_description(field)
-    checked_device(device, "device")
+    place = checked_device(device, "device")
     pool, found, origin = Pool(Path(output)), all_experts(experts), base_at(base)
     check_apart(pool.directory, [base, *experts])
     check_experts(found, origin)
@@ -178,7 +170,7 @@ def expand(
         num_experts=num_experts,
         shapes=origin.shapes,
         dtype=next(iter(found[0].specs.values()))[0],
-        device=checked_device(device, "device"),
+        device=place,
     )
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")

@@ -107,6 +107,26 @@ def test_a_class_without_a_file_is_known_by_its_code(old, new):
     assert code_of(in_a_notebook(SOURCE.replace(old, new))) != before
 
 
+def test_a_class_made_by_type_counts_though_it_says_that_it_is_of_the_standard_library():
+    one = type("Own", (Merge,), {"__call__": lambda self, tensors, *_: tensors[0]})
+    other = type("Own", (Merge,), {"__call__": lambda self, tensors, *_: tensors[1]})
+    assert one.__module__ == "abc"
+    assert code_of(one) != code_of(other)
+
+
+def test_a_class_without_a_file_whose_code_cannot_be_seen_is_never_reused_and_said():
+    with pytest.warns(UserWarning, match=r"the code of its __call__ is not available.* never reused"):
+        first = code_of(type("Own", (Merge,), {"__call__": max}))
+    with pytest.warns(UserWarning, match="never reused"):
+        assert code_of(type("Own", (Merge,), {"__call__": max})) != first
+
+
+def test_a_class_without_code_of_its_own_is_known_by_its_bases(recwarn):
+    assert code_of(type("Own", (Linear,), {})) == code_of(type("Own", (Linear,), {}))
+    assert code_of(type("Own", (Linear,), {"share": 1})) != code_of(type("Own", (Linear,), {"share": 2}))
+    assert not recwarn
+
+
 def test_what_depends_on_a_function_around_it_is_never_reused_and_said(pool_of_two, tmp_path):
     def with_share(share: float) -> type[Merge]:
         class Own(Merge):
