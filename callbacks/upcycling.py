@@ -15,7 +15,7 @@ from upit.expansion import check_choices
 from upit.expert_sources import ExpertSource, Harvested
 from upit.families import is_expert
 from upit.merging import Merge
-from upit.non_experts import Last, NonExperts
+from upit.non_experts import Last, NonExperts, check_filled
 from upit.placement import borrowed
 from upit.pool import Expert
 from upit.rehearsal import rehearse_assignment, rehearse_router
@@ -186,6 +186,7 @@ class Upcycling(UpcyclingEvent):
             announced = self.source.count(len(harvest.experts), num_experts)
             pool = checked_pool(self.source, pool, announced, harvest.base.shapes)
             self.non_experts.fill(dense, pool)
+            check_filled(self.non_experts, dense)
             indices = self._seed_indices(trainer, num_experts)
             scorer = SeedScorer(dense, indices, data, file=run / "seed_perplexity.json", autocast=module.autocast)
             self.expansion = self.expand(
