@@ -48,9 +48,7 @@ def check_filled(choice: NonExperts, dense: PreTrainedModel) -> None:
     broken = all_sum(torch.stack([(~param.isfinite()).any() for param in params.values()]).int()).tolist()
     names = [name for name, count in zip(params, broken, strict=True) if count]
     if names:
-        raise ValueError(
-            f"{choice.class_path} left NaN or infinity in {len(names)} parameters, such as {names[0]!r}"
-        )
+        raise ValueError(f"{choice.class_path} left NaN or infinity in {len(names)} parameters, such as {names[0]!r}")
 
 
 @torch.no_grad()

@@ -96,5 +96,5 @@ def test_nan_left_in_the_dense_model_is_named():
     check_filled(Last(), dense)
     name = "model.layers.1.self_attn.k_proj.weight"
     dense.get_parameter(name)[3, 2] = torch.nan
-    with pytest.raises(ValueError, match=rf"non_experts\.Last left NaN or infinity in 1 parameters .*'{name}'"):
+    with pytest.raises(ValueError, match=rf"non_experts\.Last left NaN or infinity in 1 parameters, such as '{name}'"):
         check_filled(Last(), dense)
