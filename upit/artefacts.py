@@ -50,7 +50,7 @@ def read_lineage(file: Path) -> list[dict[str, Any]]:
 
     Raises: FileError: it is of another version, or damaged.
     """
-    lineage = read_sealed(file, LINEAGE_VERSION, MAKE_AGAIN).get("experts")
+    lineage: Any = read_sealed(file, LINEAGE_VERSION, MAKE_AGAIN).get("experts")
     check_list(lineage, LINEAGE, file, "experts")
     return lineage
 
