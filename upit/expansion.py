@@ -18,7 +18,7 @@ from upit.pool import Expert, write_once
 from upit.resident import checked_device, residence_on
 from upit.selection import Even, MostDissimilar, Parents, Selection
 from upit.similarity import Cosine, Score, Similarity, Track, untracked
-from upit.tensor_files import NotFiniteError, Specs
+from upit.tensor_files import NotFiniteTensorError, Specs
 
 
 @dataclass
@@ -77,7 +77,7 @@ def expand(
         first = len(experts)
         try:
             experts, products = _bred(experts, products, base, num_experts, output, how)
-        except NotFiniteError as error:
+        except NotFiniteTensorError as error:
             raise ValueError(f"{how.merge.class_path}: a merged expert is not finite: {error}") from None
     lineage = [_entry(i, expert, how.similarity) for i, expert in enumerate(experts)]
     for entry in lineage[first:]:

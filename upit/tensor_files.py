@@ -27,7 +27,7 @@ SHARD_BYTES = 5 * 10**9
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-class NotFiniteError(TensorFileError):
+class NotFiniteTensorError(TensorFileError):
     """A tensor that is to be written holds NaN or infinity."""
 
 
@@ -238,7 +238,7 @@ def _pieces(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, met
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, *spec):
             raise TensorFileError(f"{path}: got {name} {tensor.dtype} {tuple(tensor.shape)}, not {expected} {spec}")
         if not _is_finite(tensor):
-            raise NotFiniteError(f"{path}: tensor {name!r} holds NaN or infinity")
+            raise NotFiniteTensorError(f"{path}: tensor {name!r} holds NaN or infinity")
         yield _bytes_of(tensor.contiguous())
 
 
