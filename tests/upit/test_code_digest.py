@@ -16,6 +16,7 @@ SOURCE = '''
 from upit.merging import Merge
 
 SHARE = 0.5
+TABLE = frozenset({1})  # no plain value
 
 
 def helper(a, b):
@@ -52,8 +53,8 @@ def imported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("0.5", "0.25"), ("tensors[0], tensors[1]", "tensors[1], tensors[0]"), ("(1 - SHARE)", "SHARE")],
-    ids=["constant", "method", "helper"],
+    [("0.5", "0.25"), ("tensors[0], tensors[1]", "tensors[1], tensors[0]"), ("(1 - SHARE)", "SHARE"), ("{1}", "{2}")],
+    ids=["constant", "method", "helper", "object"],
 )
 def test_another_code_is_another_class(imported, old, new):
     before = code_of(imported("own_merge", SOURCE).Own)
