@@ -3,7 +3,7 @@
 import gc
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,20 +17,24 @@ from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
+from upit.artefacts import LINEAGE_FILE, write_lineage
 from upit.checkpoints import last_checkpoint
 from upit.distributed import broadcast, rank
 from upit.evaluation import drift, reference_logits
 from upit.expansion import Expansion, expand
 from upit.files import write_json
+from upit.gpu import CPU, HAS_TRITON
 from upit.merging import Dare, Merge
 from upit.points import step_at
 from upit.pool import Expert
+from upit.rehearsal import rehearse_expansion
 from upit.resident import checked_device, usual_device
 from upit.run_seed import run_seed
-from upit.selection import MostDissimilar, Parents
+from upit.selection import Even, MostDissimilar, Parents, Selection
 from upit.similarity import Cosine, Similarity
 
 C = TypeVar("C", bound=Callback)
+TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of parameters, by the trainer's precision
 
 
 class UpcyclingEvent(Callback):
@@ -90,6 +94,37 @@ class UpcyclingEvent(Callback):
 
         Raises: ValueError: settings that can't work, named with their values.
         """
+
+    def rehearse(
+        self,
+        trainer,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype | None,
+        *,
+        available: int,
+        num_experts: int,
+        metrics: Sequence[Collection[str]] = (),
+        selection: Selection | None = None,
+    ) -> None:
+        """Dry call of the expansion's choices; see :func:`upit.rehearsal.rehearse_expansion`.
+
+        Args:
+            dtype: of the experts' files; None for that of the training.
+        """
+        on = trainer.strategy.root_device
+        device = checked_device(self.expansion_device, "expansion_device") if self.expansion_device else on
+        rehearse_expansion(
+            merge=self.merge,
+            parents=self.parents,
+            similarity=self.similarity,
+            selection=selection or Even(),
+            metrics=metrics,
+            available=available,
+            num_experts=num_experts,
+            shapes=shapes,
+            dtype=dtype or TRUE_DTYPES.get(trainer.precision, torch.float32),
+            device=device if device.type == "cuda" and HAS_TRITON else CPU,
+        )
 
     @property
     def when(self) -> str:
@@ -192,7 +227,7 @@ class UpcyclingEvent(Callback):
             **choices,
         )
         if rank() == 0:
-            write_json(directory / "lineage.json", expansion.lineage)
+            write_lineage(directory / LINEAGE_FILE, expansion.lineage)
             write_json(directory / "similarity.json", expansion.similarity)
         return expansion
 

@@ -1,18 +1,24 @@
 """More experts later: a second upcycling event in the same fit."""
 
+from pathlib import Path
+
 import torch
 from typing_extensions import override
 
 from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.protocol import upcycles
 from callbacks.upcycling import Upcycling
-from upit.artefacts import Run
+from upit.artefacts import LINEAGE_FILE, Run, read_lineage
+from upit.checks import checked_rows
 from upit.distributed import rank
+from upit.families import is_expert, moe_config
 from upit.growth import MergedRows, NewRows, router_of, trained_experts
 from upit.merging import Merge
 from upit.pool import Pool
+from upit.rehearsal import rehearse_rows
 from upit.selection import Parents
 from upit.similarity import Similarity
+from upit.strategy import check_descriptions
 
 
 class ExpertGrowth(UpcyclingEvent):
@@ -74,6 +80,7 @@ class ExpertGrowth(UpcyclingEvent):
             ) from None
         self.num_experts = num_experts
         self.router = router or MergedRows()
+        check_descriptions(self)
 
     # --- before the fit ------------------------------------------------------------------------------
 
@@ -98,15 +105,27 @@ class ExpertGrowth(UpcyclingEvent):
         step, swap = self.planned_step(trainer, module), self.upcycling.planned_step(trainer, module)
         if step <= swap:
             raise ValueError(f"{self.when} is optimizer step {step}, but the swap is at step {swap}: grow after it")
+        dense = module.outline()
+        if dense is not None:
+            shapes = {name: tuple(param.shape) for name, param in dense.named_parameters() if is_expert(name)}
+            config = moe_config(dense.config, num_experts=module.moe.num_experts, top_k=module.moe.top_k)
+            self._rehearse(trainer, module, shapes, config)
         module.plan_growth(self._target(module), step)
+
+    def _rehearse(self, trainer, module, shapes, config) -> None:
+        before, after = module.moe.num_experts, self._target(module)
+        self.rehearse(trainer, shapes, None, available=before, num_experts=after)
+        rehearse_rows(self.router, config, before, after)
 
     def _target(self, module) -> int:
         return 2 * module.moe.num_experts if self.num_experts is None else self.num_experts
 
     @override
     def on_train_start(self, trainer, pl_module) -> None:
-        if self.due_at(pl_module) is not None:  # resumed after the swap: is its base still there?
-            self.upcycling.harvest.collect()
+        if self.due_at(pl_module) is not None:  # resumed after the swap: are its base and lineage still there?
+            base = self.upcycling.harvest.collect().base
+            read_lineage(Path(trainer.default_root_dir) / self.upcycling.name / LINEAGE_FILE)
+            self._rehearse(trainer, pl_module, base.shapes, pl_module.lm.config)
 
     # --- the growth ----------------------------------------------------------------------------------
 
@@ -135,5 +154,7 @@ class ExpertGrowth(UpcyclingEvent):
                 Pool(directory / "experts").gather(base, self.expansion.experts)
             router_DNH = router_of(module.lm)
             new_rows = self.router(router_DNH, self.expansion.lineage, module.lm.config, seed=self.seed)
+            layers, before, hidden = router_DNH.shape
+            new_rows = checked_rows(self.router, new_rows, (layers, self._target(module) - before, hidden))
             module.grow(self.expansion.experts, torch.cat([router_DNH, new_rows], dim=1))
             follow_module(trainer)

@@ -9,19 +9,22 @@ from typing_extensions import override
 from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.harvest import ExpertHarvest
 from upit.artefacts import Run
+from upit.checks import checked_initialisation, checked_pool
 from upit.distributed import rank
 from upit.expansion import check_choices
 from upit.expert_sources import ExpertSource, Harvested
 from upit.families import is_expert
 from upit.merging import Merge
-from upit.non_experts import Last, NonExperts
+from upit.non_experts import Last, NonExperts, check_filled
 from upit.placement import borrowed
 from upit.pool import Expert
+from upit.rehearsal import rehearse_assignment, rehearse_router
 from upit.router_init import RouterInit, RoutingVectors
 from upit.scoring import SeedScorer
 from upit.seed_data import Assignment, LowestPerplexity, draw_seed
 from upit.selection import Even, Parents, Selection
 from upit.similarity import Similarity
+from upit.strategy import check_descriptions
 
 
 class Upcycling(UpcyclingEvent):
@@ -84,6 +87,7 @@ class Upcycling(UpcyclingEvent):
         self.assignment = assignment or LowestPerplexity()
         self.router = router or RoutingVectors()
         self.non_experts = non_experts or Last()
+        check_descriptions(self)
 
     # --- before the fit ------------------------------------------------------------------------------
 
@@ -100,7 +104,7 @@ class Upcycling(UpcyclingEvent):
         dense = module.outline()
         if dense is not None:  # else the swap is done, and its choices with it
             self._check_choices(trainer, module, dense)
-            module.plan_swap(self._checked_step(trainer, module))
+            module.plan_swap(self._checked_step(trainer, module, dense))
 
     def _check_choices(self, trainer, module, dense) -> None:
         """Whether the choices go with one another and with the dense model's outline."""
@@ -111,9 +115,12 @@ class Upcycling(UpcyclingEvent):
             )
         self.source.check(dense, trainer.datamodule.tokenizer)
         self.non_experts.check(dense)
-        self.router.check(dense.config, module.moe.num_experts)
+        num_experts = module.moe.num_experts
+        self.router.check(dense.config, num_experts)
+        rehearse_router(self.router, dense.config, num_experts)
+        rehearse_assignment(self.assignment, num_experts)
 
-    def _checked_step(self, trainer, module) -> int:
+    def _checked_step(self, trainer, module, dense) -> int:
         """The swap's step; everything that depends on it works."""
         step, num_experts = self.planned_step(trainer, module), module.moe.num_experts
         if trainer.fast_dev_run:
@@ -123,8 +130,11 @@ class Upcycling(UpcyclingEvent):
         if not points:
             raise ValueError(f"{self.when} (step {step}) comes before the first harvest; harvest earlier")
         available = self.source.count(len(points), num_experts)
-        metrics = self.source.metrics(module.metrics_by(points[-1]))
+        metrics = self.source.metrics([module.metrics_by(point) for point in points], num_experts)
         check_choices(available, num_experts, self.parents, metrics)
+        shapes = {name: tuple(param.shape) for name, param in dense.named_parameters() if is_expert(name)}
+        known = {"available": available, "num_experts": num_experts, "metrics": metrics}
+        self.rehearse(trainer, shapes, self.harvest.dtype, selection=self.selection, **known)
         counts = [self.source.count(harvested, num_experts) for harvested in range(1, len(points) + 1)]
         self.harvest.least = 1 + sum(count < min(2, num_experts) for count in counts)
         self._seed_indices(trainer, num_experts)
@@ -173,7 +183,10 @@ class Upcycling(UpcyclingEvent):
                 seed=self.seed,
                 track=self.bar("Preparing experts"),
             )
+            announced = self.source.count(len(harvest.experts), num_experts)
+            pool = checked_pool(self.source, pool, announced, harvest.base.shapes)
             self.non_experts.fill(dense, pool)
+            check_filled(self.non_experts, dense)
             indices = self._seed_indices(trainer, num_experts)
             scorer = SeedScorer(dense, indices, data, file=run / "seed_perplexity.json", autocast=module.autocast)
             self.expansion = self.expand(
@@ -190,7 +203,7 @@ class Upcycling(UpcyclingEvent):
                 self.expansion.experts, self.assignment, seed=self.seed, track=self.bar("Scoring seed data")
             )
         with self.timed("router_initialisation"):
-            return self.router(
+            result = self.router(
                 dense,
                 self.expansion.experts,
                 self.seeds,
@@ -200,3 +213,4 @@ class Upcycling(UpcyclingEvent):
                 autocast=module.autocast,
                 track=self.bar("Initialising the router"),
             )
+            return checked_initialisation(self.router, result, dense.config, num_experts)

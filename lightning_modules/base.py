@@ -22,7 +22,7 @@ from lightning_modules.optimizers import AdamW, adamw, take_settings
 from lightning_modules.progress import settle
 from lightning_modules.stops import stop
 from lightning_modules.strategies import check_strategy
-from upit.checkpoints import IDENTITY, identity_of, read_identity
+from upit.checkpoints import IDENTITY, identity_in, identity_of, read_identity
 from upit.distributed import all_sum, gathered, world_size
 from upit.examples import IGNORE, Batch
 from upit.finite import FiniteWatch, not_finite
@@ -457,15 +457,14 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if IDENTITY not in checkpoint:
-            raise ValueError("the checkpoint does not say which model it holds: no checkpoint of a upit module")
+        identity = identity_in(checkpoint, "the checkpoint")
         if "hyper_parameters" in checkpoint:
             rank_zero_warn("the checkpoint's hyper_parameters are ignored: upit writes none, and the config decides")
-        self.enter(checkpoint[IDENTITY])
+        self.enter(identity)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on_from(checkpoint)
         if self.active.model is None:
-            self.active.model = rebuild(checkpoint[IDENTITY])
+            self.active.model = rebuild(identity)
             if self._trainer is not None:
                 self.active.finish(self._trainer, self.lm)
         self.active.means.restore(checkpoint.get(MEANS, {}))

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,23 @@ import torch
 import yaml
 from torch import Tensor
 
-from upit.files import Fields, FileError, as_nan, check_fields, read_json, write_json
+from upit.files import (
+    LINEAGE_VERSION,
+    MAKE_AGAIN,
+    SEEDS_VERSION,
+    Fields,
+    FileError,
+    as_nan,
+    check_fields,
+    read_json,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
 from upit.strategy import Strategy
 
 EVENTS = ("upcycling", "growth")  # each has a folder
-MEASURE = "upcycling.similarity"  # in the settings
+LINEAGE_FILE, SEEDS_FILE = "lineage.json", "seed_perplexity.json"
 
 
 LINEAGE = {"expert": int, "kind": str}
@@ -25,6 +38,32 @@ PILOT = {"step": int, "epoch": float, "domains": dict}
 DISTANCE = {"step": int, "epoch": float, "from_base": float, "from_previous": float}
 SWAP: Fields = {"step": int, "kl": (float, type(None)), "before": dict, "after": dict}
 ROUTING = {"step": int, "domains": list, "counts_DEC": list, "shuffled_D": list, "tokens": dict}
+
+
+def write_lineage(file: Path, lineage: Sequence[Mapping[str, Any]]) -> None:
+    """Write where each expert comes from; see :mod:`upit.expansion`."""
+    write_sealed(file, {"version": LINEAGE_VERSION, "experts": list(lineage)})
+
+
+def read_lineage(file: Path) -> list[dict[str, Any]]:
+    """Read what :func:`write_lineage` wrote.
+
+    Raises: FileError: it is of another version, or damaged.
+    """
+    lineage: Any = read_sealed(file, LINEAGE_VERSION, MAKE_AGAIN).get("experts")
+    check_list(lineage, LINEAGE, file, "experts")
+    return lineage
+
+
+def check_list(entries: Any, fields: Fields, file: Path, where: str) -> None:
+    """Check a list of objects, each as :func:`upit.files.check_fields`.
+
+    Raises: FileError: names the file, the entry, and the field.
+    """
+    if not isinstance(entries, list):
+        raise FileError(f"{str(file)!r}: {where} is {entries!r:.80}, expected a list")
+    for i, entry in enumerate(entries):
+        check_fields(entry, fields, file, f"{where}[{i}]")
 
 
 class Run:
@@ -45,7 +84,8 @@ class Run:
     @cached_property
     def lineages(self) -> list[list[dict[str, Any]]]:
         """Where each expert comes from, see :mod:`upit.expansion`: as upcycled and, where the MoE grew, as grown."""
-        return [found for event in EVENTS if (found := self._list(f"{event}/lineage.json", LINEAGE))]
+        files = [self.directory / event / LINEAGE_FILE for event in EVENTS]
+        return [read_lineage(file) for file in files if file.exists()]
 
     @property
     def lineage(self) -> list[dict[str, Any]] | None:
@@ -59,21 +99,17 @@ class Run:
 
     @property
     def measure(self) -> dict[str, Any]:
-        """What that similarity is: a strategy's description. Runs of before lineages named it have it in settings."""
-        if self.lineage and "measure" in self.lineage[-1]:
-            return self.lineage[-1]["measure"]
-        name, arguments = self.settings.get(MEASURE), f"{MEASURE}."
-        about = {key.removeprefix(arguments): self.settings[key] for key in self.settings if key.startswith(arguments)}
-        return {"name": "measure not recorded" if name in (None, "None") else name, **about}
+        """Description of the strategy that measured that similarity."""
+        return self.lineage[-1]["measure"] if self.lineage else {"name": "measure not recorded"}
 
     @cached_property
     def seeds(self) -> dict[str, Any] | None:
         """Seed data: ``examples``, each with domain, perplexity per expert, and its expert."""
-        file = "upcycling/seed_perplexity.json"
-        found = self._read(file, dict)
-        if not found or "examples" not in found:
+        file = self.directory / "upcycling" / SEEDS_FILE
+        found = read_sealed(file, SEEDS_VERSION, MAKE_AGAIN) if file.exists() else {}
+        if "examples" not in found:
             return None
-        self._check_list(found["examples"], SEED, file, "examples")
+        check_list(found["examples"], SEED, file, "examples")
         return found
 
     @cached_property
@@ -172,14 +208,8 @@ class Run:
     def _list(self, file: str, fields: Fields) -> list[dict[str, Any]] | None:
         found = self._read(file, list)
         if found is not None:
-            self._check_list(found, fields, file, "the list")
+            check_list(found, fields, self.directory / file, "the list")
         return found
-
-    def _check_list(self, entries: Any, fields: Fields, file: str, where: str) -> None:
-        if not isinstance(entries, list):
-            raise FileError(f"{str(self.directory / file)!r}: {where} is {entries!r:.80}, expected a list")
-        for i, entry in enumerate(entries):
-            check_fields(entry, fields, self.directory / file, f"{where}[{i}]")
 
     def _matrix(self, file: str) -> list[list[float]] | None:
         found = self._read(file, list)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import AutoConfig, PretrainedConfig
 
-from upit.files import Fields, FileError, check_fields
+from upit.files import CHECKPOINT_VERSION, Fields, FileError, check_fields, check_version
 from upit.generation import generation_settings
 
 IDENTITY = "upit"
@@ -46,6 +46,7 @@ def identity_of(model, *, phase: str, swap_step: int | None) -> dict[str, Any]:
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     return {
+        "version": CHECKPOINT_VERSION,
         "phase": phase,
         "num_experts": getattr(model.config, "num_experts", None),
         "top_k": config.get("num_experts_per_tok"),
@@ -69,11 +70,26 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     content = _load(file, mmap=file == path)
     if path.is_dir():
         _read_metadata(path)
-    if not isinstance(content, dict) or IDENTITY not in content:
+    identity = identity_in(content, path)
+    return {**identity, "global_step": content.get("global_step"), "epoch": content.get("epoch")}
+
+
+def identity_in(checkpoint: Any, path: str | Path) -> dict[str, Any]:
+    """The identity in a checkpoint's content.
+
+    Args:
+        path: the checkpoint's, for errors.
+    Raises: FileError: there is none, it is of another format version, or damaged.
+    """
+    if not isinstance(checkpoint, dict) or IDENTITY not in checkpoint:
         raise FileError(f"{str(path)!r} does not say which model it holds: no checkpoint of a upit module")
-    check_fields(content[IDENTITY], IDENTITY_FIELDS, path, IDENTITY)
-    check_fields(content[IDENTITY]["config"], {"model_type": str}, path, f"{IDENTITY}.config")
-    return {**content[IDENTITY], "global_step": content.get("global_step"), "epoch": content.get("epoch")}
+    identity = checkpoint[IDENTITY]
+    check_version(
+        identity, CHECKPOINT_VERSION, path, "train again with this version, or use the version that wrote it"
+    )
+    check_fields(identity, IDENTITY_FIELDS, path, IDENTITY)
+    check_fields(identity["config"], {"model_type": str}, path, f"{IDENTITY}.config")
+    return identity
 
 
 def resumable_in(directory: str | Path) -> dict[Path, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -12,6 +13,7 @@ _NOISE = (
 _NO_SUCH_CLASS = (
     "has no attribute", "does not correspond to a subclass", "No module", "dot import path string", "is abstract",
 )  # fmt: skip
+PACKAGES = ("upit", "callbacks", "datamodules", "lightning_modules")
 _KIND = re.compile(r"<class '((?:upit|lightning|lightning_modules)\.[\w.]+)'>")
 
 
@@ -29,8 +31,9 @@ def _classes(message: str) -> Iterator[str]:
     kinds = _KIND.findall(message)
     if kinds and any(sign in message for sign in _NO_SUCH_CLASS):
         kind = _find(kinds[-1])  # the innermost
-        names = ", ".join(sorted({_public_name(choice) for choice in _concrete(kind)}))
-        yield f"valid choices of {kind.__name__}: {names}"
+        found = {_public_name(choice) for choice in _concrete(kind)}
+        names = sorted(found, key=lambda name: (name.partition(".")[0] not in PACKAGES, name))  # the user's last
+        yield f"valid choices of {kind.__name__}: {', '.join(names)}"
 
 
 def _arguments(message: str) -> Iterator[str]:
@@ -55,9 +58,10 @@ def _find(path: str) -> type:
 
 
 def _concrete(kind: type) -> Iterator[type]:
-    """Classes of a kind that can be made, lightning's own left out."""
+    """Classes of a kind that can be named and made, lightning's own left out."""
     abstract = any(getattr(member, "__isabstractmethod__", False) for _, member in inspect.getmembers_static(kind))
-    if not abstract and not kind.__name__.startswith("_") and not kind.__module__.startswith("lightning."):
+    named = getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
+    if named and not abstract and not kind.__name__.startswith("_") and not kind.__module__.startswith("lightning."):
         yield kind
     child: type
     for child in kind.__subclasses__():
@@ -67,5 +71,5 @@ def _concrete(kind: type) -> Iterator[type]:
 def _public_name(kind: type) -> str:
     """Its import path, by the package that offers it."""
     package = kind.__module__.rpartition(".")[0]
-    offered = getattr(import_module(package), kind.__name__, None) is kind
+    offered = package and getattr(import_module(package), kind.__name__, None) is kind
     return f"{package if offered else kind.__module__}.{kind.__name__}"

@@ -1,5 +1,6 @@
 """Expert expansion: any number of experts from M checkpoints (arXiv:2410.01610, Algorithm 2)."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upit.ahead import ahead
+from upit.checks import checked_child, checked_pair, checked_products, checked_selection, checked_similarity
 from upit.distributed import on_rank_zero, rank
 from upit.files import digest, seeded
 from upit.merging import Dare, Merge
@@ -16,7 +18,7 @@ from upit.pool import Expert, write_once
 from upit.resident import checked_device, residence_on
 from upit.selection import Even, MostDissimilar, Parents, Selection
 from upit.similarity import Cosine, Score, Similarity, Track, untracked
-from upit.tensor_files import Specs
+from upit.tensor_files import NotFiniteTensorError, Specs
 
 
 @dataclass
@@ -59,22 +61,28 @@ def expand(
         track: wraps the tensor names of each pass, for a progress bar.
         device: "cpu", "cuda" or "cuda:N". A GPU keeps the experts that fit into its free memory, and reads the others
             from their files each time. It draws masks of its own, so its children are others than the CPU's.
-    Raises: ValueError: N < 1, fewer than two experts to merge, parents that can't be chosen, or no such device.
+    Raises: ValueError: N < 1, fewer than two experts to merge, parents that can't be chosen, no such device, or a
+        strategy returned something else than it should; names its class.
     """
     how = _Choices(
         merge or Dare(), parents or MostDissimilar(), similarity or Cosine(), selection or Even(), seed, score, track
     )
     check_choices(len(pool), num_experts, how.parents, metrics_of(pool))
+    for field in ("merge", "parents", "similarity", "selection"):
+        getattr(how, field).check_description(field)
     place = checked_device(device, "device"), base.shapes, max(num_experts, len(pool))
     with residence_on(*place, alone=not how.similarity.needs_losses) as residence:
         *experts, base = [replace(expert, residence=residence) for expert in (*pool, base)]
         experts, products = _chosen(experts, base, num_experts, how)
         first = len(experts)
-        experts, products = _bred(experts, products, base, num_experts, output, how)
+        try:
+            experts, products = _bred(experts, products, base, num_experts, output, how)
+        except NotFiniteTensorError as error:
+            raise ValueError(f"{how.merge.class_path}: a merged expert is not finite: {error}") from None
     lineage = [_entry(i, expert, how.similarity) for i, expert in enumerate(experts)]
     for entry in lineage[first:]:
         entry["drop_rate"] = getattr(how.merge, "drop_rate", None)
-    return Expansion(experts, lineage, how.similarity.matrix(products).tolist())
+    return Expansion(experts, lineage, _matrix(products, how).tolist())
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def _chosen(experts: list[Expert], base: Expert, most: int, how: _Choices) -> tu
     products = _products(experts, len(experts), base, how)
     if most >= len(experts):
         return experts, products
-    chosen = how.selection.choose(how.similarity.matrix(products), most)
+    chosen = how.selection.choose(_matrix(products, how), most)
+    chosen = checked_selection(how.selection, chosen, len(experts), most)
     return [experts[i] for i in chosen], products[chosen][:, chosen]
 
 
@@ -106,9 +115,10 @@ def _bred(
     used: set[tuple[int, int]] = set()
     specs = [expert.specs for expert in experts]  # a child's file may still be being written
     for number in range(num_experts - len(experts)):
-        matrix = how.similarity.matrix(products)
-        j, k = how.parents.choose(matrix, experts, used=used, generator=seeded(how.seed, number, "parents"))
-        used.add((j, k))
+        matrix = _matrix(products, how)
+        pair = how.parents.choose(matrix, experts, used=used, generator=seeded(how.seed, number, "parents"))
+        j, k = checked_pair(how.parents, pair, len(experts))
+        used.add((min(j, k), max(j, k)))
         birth = _birth(number, (j, k), float(matrix[j, k]), base, how)
         child = _child([experts[j], experts[k]], base, birth, output, specs[j], how)
         experts = [*experts, *(_written([child], how.track) if how.similarity.needs_losses else [child])]
@@ -118,12 +128,12 @@ def _bred(
     return [replace(expert, residence=None) for expert in _written(experts, how.track)], products
 
 
-def check_choices(available: int, num_experts: int, parents: Parents, metrics: Collection[str]) -> None:
+def check_choices(available: int, num_experts: int, parents: Parents, metrics: Sequence[Collection[str]]) -> None:
     """Refuse, before any work, what could not give N experts.
 
     Args:
         available: M.
-        metrics: names of those that the experts come with.
+        metrics: for each expert, the names of those that it comes with.
     Raises: ValueError: N < 1; or N > M and fewer than two experts to merge, or parents that can't be chosen.
     """
     if num_experts < 1:
@@ -137,16 +147,22 @@ def check_choices(available: int, num_experts: int, parents: Parents, metrics: C
         parents.check(metrics)
 
 
-def metrics_of(experts: Iterable[Expert]) -> set[str]:
-    """Names of the metrics that some of the experts come with."""
-    return {name for expert in experts for name in expert.metrics}
+def metrics_of(experts: Iterable[Expert]) -> list[set[str]]:
+    """For each expert, the names of the metrics that it comes with and that are numbers."""
+    return [{name for name, value in expert.metrics.items() if math.isfinite(value)} for expert in experts]
 
 
 def _products(experts: Sequence[Expert], new: int, base: Expert, how: _Choices) -> Tensor:
     """Inner products; only a similarity that scores needs every rank."""
     if how.similarity.needs_losses:
-        return how.similarity.products(experts, new, base, score=how.score, track=how.track)
-    return on_rank_zero(lambda: how.similarity.products(experts, new, base, track=how.track))
+        products = how.similarity.products(experts, new, base, score=how.score, track=how.track)
+    else:
+        products = on_rank_zero(lambda: how.similarity.products(experts, new, base, track=how.track))
+    return checked_products(how.similarity, products, (new, len(experts)))
+
+
+def _matrix(products: Tensor, how: _Choices) -> Tensor:
+    return checked_similarity(how.similarity, how.similarity.matrix(products), len(products))
 
 
 def _entry(i: int, expert: Expert, similarity: Similarity) -> dict[str, Any]:
@@ -178,11 +194,12 @@ def _child(
     weights = [birth["alpha"], birth["beta"]]
     ancestors = [base.sha256, *(parent.sha256 for parent in parents)]
     device = [residence.device.type] if residence else []  # which draws masks, and rounds, in its own way
-    fingerprint = digest([ancestors, weights, how.merge.describe(), seed, number, *device])
+    fingerprint = digest([ancestors, weights, how.merge.key(), seed, number, *device])
 
     def child(name: str) -> tuple[str, Tensor]:
         generators = [seeded(seed, number, parent, name) for parent in range(len(parents))]
-        return name, how.merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
+        merged = how.merge([parent.read(name) for parent in parents], weights, base.read(name), generators)
+        return name, checked_child(how.merge, merged, name, specs[name], base.device)
 
     file = output / f"merged_{number:02d}.safetensors"
     content = file, ahead(child, how.track(base.shapes, f"(merge {number + 1})")), specs, fingerprint

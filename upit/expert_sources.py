@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,15 @@ from upit.compatibility import check_config, check_shapes, check_vocabulary
 from upit.distributed import on_rank_zero
 from upit.files import digest, seeded
 from upit.pool import Expert, Pool, write_once
-from upit.scoring import fingerprint, write_ffn
+from upit.scoring import write_ffn
 from upit.similarity import Track, untracked
 from upit.strategy import Strategy
 from upit.tensor_files import TensorFiles, open_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 class ExpertSource(Strategy):
@@ -58,8 +60,13 @@ class ExpertSource(Strategy):
             track: wraps the tensor names of each, for a progress bar.
         """
 
-    def metrics(self, harvested: Collection[str]) -> Collection[str]:
-        """Names of the metrics that the experts come with when harvested ones have these; known before the run."""
+    def metrics(self, harvested: Sequence[Collection[str]], num_experts: int) -> Sequence[Collection[str]]:
+        """For each expert, the names of the metrics that it will come with; known before the run.
+
+        Args:
+            harvested: the same of each harvested checkpoint.
+            num_experts: experts that the MoE will have.
+        """
         return harvested
 
     @abstractmethod
@@ -80,14 +87,16 @@ class Harvested(ExpertSource):
         self.base = base
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
-        found = harvest.experts
-        kept = {
-            "all": found,
-            "first_half": found[: -(-len(found) // 2)],
-            "second_half": found[len(found) // 2 :],
-        }[self.keep]
+        kept = self._kept(harvest.experts)
         pool = [harvest.base, *kept] if self.base else kept
         return [replace(expert, origin={**expert.origin, "source": self.describe()}) for expert in pool]
+
+    def _kept(self, found: Sequence[T]) -> list[T]:
+        half = len(found) // 2
+        return list({"all": found, "first_half": found[: len(found) - half], "second_half": found[half:]}[self.keep])
+
+    def metrics(self, harvested, num_experts):
+        return [*([()] if self.base else []), *self._kept(harvested)]
 
     def count(self, harvested, num_experts):
         return self.base + (harvested if self.keep == "all" else -(-harvested // 2))
@@ -117,7 +126,7 @@ class _Clones(ExpertSource):
 
     def experts(self, harvest, dense, *, num_experts, output, seed=0, track=untracked):
         file = output / "dense.safetensors"
-        sha256 = write_ffn(dense, file, fingerprint(dense))
+        sha256 = write_ffn(dense, file)
         original = Expert(file, sha256, str(dense.dtype).removeprefix("torch."))
         return [self._clone(original, i, output, seed, track) for i in range(num_experts)]
 
@@ -132,12 +141,15 @@ class _Clones(ExpertSource):
                 yield name, self.alter(name, tensor.float(), seed, i).to(tensor.dtype)
 
         path = output / f"{self.kind}_{i:02d}.safetensors"
-        key = digest([original.sha256, self.describe(), seed, i])
+        key = digest([original.sha256, self.key(), seed, i])
         sha256 = on_rank_zero(lambda: write_once(path, tensors(), original.specs, key))
         return Expert(path, sha256, original.dtype, origin=origin)
 
     def count(self, harvested, num_experts):
         return num_experts
+
+    def metrics(self, harvested, num_experts):
+        return [()] * num_experts
 
 
 class Copies(_Clones):
@@ -235,9 +247,9 @@ class Checkpoints(ExpertSource):
         pools = [Pool.load(path) for path in self._directories() if _is_pool(path)]
         return all(expert.rest for pool in pools for expert in pool.experts)
 
-    def metrics(self, harvested):
-        pools = [Pool.load(path) for path in self._directories() if _is_pool(path)]
-        return {name for pool in pools for expert in pool.experts for name in expert.metrics}
+    def metrics(self, harvested, num_experts):
+        pools = [Pool.load(path).experts if _is_pool(path) else None for path in self._directories()]
+        return [names for pool in pools for names in ([()] if pool is None else map(set, (e.metrics for e in pool)))]
 
     def count(self, harvested, num_experts):
         return sum(len(Pool.load(path).experts) if _is_pool(path) else 1 for path in self._directories())

@@ -46,7 +46,7 @@ def read_json(path: Path, kind: type | None = None) -> Any:
     return value
 
 
-def check_fields(value: Any, fields: Fields, file: Path, where: str) -> None:
+def check_fields(value: Any, fields: Fields, file: str | Path, where: str) -> None:
     """Check that part of a JSON file is an object with certain fields.
 
     Args:
@@ -92,6 +92,55 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(content) for content in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Versions of the formats that upit writes and reads again. Raise one when the format changes.
+MANIFEST_VERSION = 1  # manifest.json of a pool
+RECORD_VERSION = 1  # the file beside a merged expert, a copy, or routing vectors
+LINEAGE_VERSION = 1  # lineage.json
+SEEDS_VERSION = 1  # seed_perplexity.json
+CHECKPOINT_VERSION = 1  # what a training checkpoint says about its model
+MAKE_AGAIN = "make it again with this version, or use the version that wrote it"
+
+
+def check_version(content: Any, expected: int, file: str | Path, remedy: str) -> None:
+    """Check the format version of a file that upit wrote.
+
+    Args:
+        content: what the file holds; a dict with ``version``, or an older format without one.
+        remedy: what to do about another version.
+    Raises: FileError: it is another.
+    """
+    found = content.get("version") if isinstance(content, Mapping) else None
+    if found != expected:
+        said = "has no format version" if found is None else f"has format version {found!r}"
+        raise FileError(f"{str(file)!r} {said}, this version of upit reads {expected}: {remedy}")
+
+
+def write_sealed(path: Path, content: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Write JSON with the sha256 of its content.
+
+    Args:
+        content: in plain types; holds its format's ``version``.
+    """
+    plain = _without_nan(content)
+    write_json(path, {**plain, "sha256": digest(plain)}, indent=indent)
+
+
+def read_sealed(path: Path, version: int, remedy: str) -> dict[str, Any]:
+    """Read what :func:`write_sealed` wrote.
+
+    Args:
+        version: the format's.
+        remedy: what to do about a file of another version.
+    Raises: FileError: it is of another version, or damaged; names the file.
+    """
+    content = read_json(path)
+    check_version(content, version, path, remedy)
+    sha256 = content.pop("sha256", None)
+    if digest(content) != sha256:
+        raise FileError(f"{str(path)!r} is damaged: its sha256 is not the one it was written with")
+    return content
 
 
 def digest(value: Any) -> str:

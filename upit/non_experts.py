@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from upit.compatibility import check_config
+from upit.distributed import all_sum
 from upit.families import is_expert
 from upit.pool import Expert, Rows
 from upit.sharding import local, local_slices, reshard
@@ -35,6 +36,19 @@ class NonExperts(Strategy):
             dense: borrowed with all its parameters, see :func:`upit.placement.borrowed`.
             pool: the experts that expansion starts from.
         """
+
+
+@torch.no_grad()
+def check_filled(choice: NonExperts, dense: PreTrainedModel) -> None:
+    """Check what :meth:`NonExperts.fill` left in the dense model; a collective.
+
+    Raises: ValueError: a parameter that is no expert's holds NaN or infinity; names the class and the parameters.
+    """
+    params = {name: local(param) for name, param in dense.named_parameters() if not is_expert(name)}
+    broken = all_sum(torch.stack([(~param.isfinite()).any() for param in params.values()]).int()).tolist()
+    names = [name for name, count in zip(params, broken, strict=True) if count]
+    if names:
+        raise ValueError(f"{choice.class_path} left NaN or infinity in {len(names)} parameters, such as {names[0]!r}")
 
 
 @torch.no_grad()

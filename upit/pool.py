@@ -1,6 +1,7 @@
 """The pool of harvested experts on disk: safetensors files and a manifest, each written beside and renamed."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -8,12 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from upit.ahead import ahead
 from upit.families import is_expert
-from upit.files import FileError, check_fields, plain_name, read_json, write_json
+from upit.files import (
+    MAKE_AGAIN,
+    MANIFEST_VERSION,
+    RECORD_VERSION,
+    FileError,
+    check_fields,
+    check_version,
+    plain_name,
+    read_json,
+    write_json,
+)
 from upit.gpu import CPU
 from upit.tensor_files import Specs, TensorFileError, TensorFiles, write_tensors
 
@@ -48,6 +58,7 @@ class Expert:
     metrics: dict[str, float] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)  # where it comes from, in plain types, for the lineage
     rest: Path | None = None  # file or directory with the other parameters of its checkpoint, where they were kept
+    rest_sha256: str | None = None  # of that file, where a pool keeps it
     names: Mapping[str, str] | None = None  # what the file calls each tensor, where that differs
     residence: "Residence | None" = None  # a device that its tensors are read to
 
@@ -86,15 +97,21 @@ class Expert:
         return Rows(self.tensors, name, device)
 
     def check(self) -> None:
-        """Raises: TensorFileError: the file is missing, truncated, or its sha256 is another."""
-        if not self.file.exists():
-            raise TensorFileError(f"expert file {str(self.file)!r} is missing; harvest again or restore it")
-        TensorFiles(self.file)
-        found = file_sha256(self.file)
-        if found != self.sha256:
-            raise TensorFileError(
-                f"expert file {str(self.file)!r} has sha256 {found}, the manifest says {self.sha256}"
-            )
+        """Raises: TensorFileError: a file is missing, truncated, or its sha256 is another."""
+        _check_sha256(self.file, self.sha256)
+        if self.rest and self.rest_sha256:
+            _check_sha256(self.rest, self.rest_sha256)
+
+
+def _check_sha256(file: Path, sha256: str) -> None:
+    if not file.exists():
+        raise TensorFileError(f"expert file {str(file)!r} is missing; harvest again or restore it")
+    TensorFiles(file)
+    found = file_sha256(file)
+    if found != sha256:
+        raise TensorFileError(
+            f"expert file {str(file)!r} has sha256 {found}, the manifest says {sha256}; harvest again or restore it"
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -109,21 +126,18 @@ def _sha256(path: Path, size: int, time: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_expert(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, metadata: Mapping[str, str] | None = None
-) -> str:
+def write_expert(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs) -> str:
     """Stream tensors into a safetensors file, one in memory at a time.
 
     Args:
         path: appears only when complete.
         tensors: (name, tensor) in the order of ``specs``.
         specs: dtype and shape of every tensor.
-        metadata: of the safetensors header.
     Returns: the file's sha256.
     Raises: TensorFileError: a tensor differs from its spec, or holds NaN or infinity.
     """
     digest = hashlib.sha256()
-    write_tensors(path, tensors, specs, metadata, digest.update)
+    write_tensors(path, tensors, specs, watch=digest.update)
     return digest.hexdigest()
 
 
@@ -132,24 +146,42 @@ def _specs(tensors: Mapping[str, Tensor]) -> Specs:
 
 
 def write_once(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> str:
-    """Like :func:`write_expert`, but a file there already under this fingerprint is taken as it is.
+    """Like :func:`write_expert`, but an undamaged file that was made under this fingerprint is taken as it is.
+
+    A record beside the file keeps the fingerprint and the file's sha256: ``merged_00.json`` of
+    ``merged_00.safetensors``.
 
     Args:
         tensors: not touched when the file is there, so give a generator.
         fingerprint: of all that the tensors depend on, see :func:`upit.files.digest`.
     Returns: the file's sha256.
     """
-    if is_written(path, fingerprint):
-        return file_sha256(path)
-    return write_expert(path, tensors, specs, {"fingerprint": fingerprint})
+    return finished(path, fingerprint) or record(path, fingerprint, write_expert(path, tensors, specs))
 
 
-def is_written(path: Path, fingerprint: str) -> bool:
-    """Whether a file is there under this fingerprint."""
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("fingerprint") == fingerprint
+def record(path: Path, fingerprint: str, sha256: str) -> str:
+    """Note beside a finished file what it was made from; returns its sha256."""
+    write_json(path.with_suffix(".json"), {"version": RECORD_VERSION, "fingerprint": fingerprint, "sha256": sha256})
+    return sha256
+
+
+def recorded(path: Path, fingerprint: str) -> str | None:
+    """The sha256 that a file made under this fingerprint was written with; None where there is no such file."""
+    try:
+        content = read_json(path.with_suffix(".json"), dict)
+        check_version(content, RECORD_VERSION, path, "it is made again")
+    except FileError:  # not finished, damaged, or of an older format
+        return None
+    return content.get("sha256") if content.get("fingerprint") == fingerprint and path.exists() else None
+
+
+def finished(path: Path, fingerprint: str) -> str | None:
+    """sha256 of an undamaged file made under this fingerprint, or None; warns of a damaged one."""
+    sha256 = recorded(path, fingerprint)
+    if sha256 is None or file_sha256(path) == sha256:
+        return sha256
+    warnings.warn(f"{str(path)!r} is damaged: its sha256 is not {sha256}. It is made again", stacklevel=2)
+    return None
 
 
 ENTRY = {"file": str, "sha256": str, "dtype": str, "step": int, "epoch": float}  # what a manifest says of an expert
@@ -194,12 +226,13 @@ class Pool:
     def manifest(self) -> dict[str, Any]:
         """What the pool holds.
 
-        Raises: FileError: manifest.json is damaged, or names a file outside of the pool.
+        Raises: FileError: manifest.json is damaged, of another version, or names a file outside of the pool.
         """
         if not self.manifest_file.exists():
-            return {"version": 1, "base": None, "experts": []}
+            return {"version": MANIFEST_VERSION, "base": None, "experts": []}
         manifest = read_json(self.manifest_file, dict)
-        check_fields(manifest, {"version": int, "base": dict, "experts": list}, self.manifest_file, "the manifest")
+        check_version(manifest, MANIFEST_VERSION, self.manifest_file, MAKE_AGAIN)
+        check_fields(manifest, {"base": dict, "experts": list}, self.manifest_file, "the manifest")
         _check_entry(manifest["base"], self.manifest_file, "base")
         for i, entry in enumerate(manifest["experts"]):
             _check_entry(entry, self.manifest_file, f"experts[{i}]")
@@ -222,7 +255,7 @@ class Pool:
     def set_base(self, tensors: Mapping[str, Tensor], *, rest: Mapping[str, Tensor] | None = None) -> None:
         """Store the base; a new base forgets the experts of an older one."""
         entry = self._write("base", tensors, rest, {"step": 0, "epoch": 0.0})
-        write_json(self.manifest_file, {"version": 1, "base": entry, "experts": []})
+        write_json(self.manifest_file, {"version": MANIFEST_VERSION, "base": entry, "experts": []})
 
     def add(
         self,
@@ -306,7 +339,7 @@ class Pool:
             for expert in [base, *own]
         ]
         entries = [entry | {"base": base.sha256} for entry in entries]
-        write_json(self.manifest_file, {"version": 1, "base": entries[0], "experts": entries[1:]})
+        write_json(self.manifest_file, {"version": MANIFEST_VERSION, "base": entries[0], "experts": entries[1:]})
         return own
 
     def _copy(self, expert: Expert, name: str) -> Expert:
@@ -314,7 +347,13 @@ class Pool:
         if expert.file.parent == self.directory:
             return expert
         tensors = ahead(lambda name: (name, expert.read(name)), expert.shapes)
-        return replace(expert, file=path, sha256=write_once(path, tensors, expert.specs, expert.sha256), rest=None)
+        return replace(
+            expert,
+            file=path,
+            sha256=write_once(path, tensors, expert.specs, expert.sha256),
+            rest=None,
+            rest_sha256=None,
+        )
 
     def verify(self) -> None:
         """Raises: TensorFileError: a file is missing, truncated or changed, or its tensors differ from the base's."""
@@ -339,7 +378,7 @@ class Pool:
         entry = {"file": file, **when, "sha256": sha256, "dtype": dtype}
         if rest:
             entry["rest"] = f"{name}.rest.safetensors"
-            write_expert(self.directory / entry["rest"], rest.items(), _specs(rest))
+            entry["rest_sha256"] = write_expert(self.directory / entry["rest"], rest.items(), _specs(rest))
         return entry
 
     def _expert(self, entry: Mapping[str, Any], kind: str = "harvested") -> Expert:
@@ -351,5 +390,6 @@ class Pool:
             epoch=entry["epoch"],
             metrics=entry.get("metrics", {}),
             rest=self.directory / entry["rest"] if "rest" in entry else None,
+            rest_sha256=entry.get("rest_sha256"),
             origin=entry.get("origin") or {"kind": kind, "step": entry["step"], "epoch": entry["epoch"]},
         )

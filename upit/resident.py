@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upit.ahead import ahead
 from upit.gpu import CPU, HAS_TRITON
-from upit.pool import Expert, is_written, write_once
+from upit.pool import Expert, recorded, write_once
 from upit.tensor_files import Specs, size_of
 
 WRITERS = 4  # files at a time; a file's sha256 takes one core longer than merging takes the GPU; ours
@@ -48,7 +48,7 @@ class Residence:
 
     def write_once(self, file: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, fingerprint: str) -> None:
         """:func:`upit.pool.write_once` of tensors on the device, in the background; they stay there if all can."""
-        if size_of(specs) <= self._free and not is_written(file, fingerprint):
+        if size_of(specs) <= self._free and not recorded(file, fingerprint):
             tensors = list(tensors)
             with self._lock:
                 self._free -= size_of(specs)

@@ -6,9 +6,9 @@ ever built (Algorithm 3 of UpIT, arXiv:2410.01610).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,17 +19,19 @@ import torch
 from torch import Tensor
 
 from upit.ahead import ahead
-from upit.distributed import all_sum, broadcast, own_share, rank
+from upit.checks import checked_assignment
+from upit.distributed import all_sum, broadcast, on_rank_zero, own_share, rank
 from upit.examples import Batch, Example, collate, length_grouped, to_device
 from upit.families import is_expert, within_layer
-from upit.files import read_json, seeded, write_json
+from upit.files import SEEDS_VERSION, read_sealed, seeded, write_sealed
 from upit.finite import NotFiniteError
 from upit.forward import ffn_inputs_of, response_losses, response_states
 from upit.losses import grouped_losses
 from upit.placement import borrowed
-from upit.pool import READERS, Expert, write_expert
+from upit.pool import READERS, Expert, record, write_expert
 from upit.seed_data import Assignment
 from upit.sharding import full, local, local_slices
+from upit.state_key import examples_key, state_key
 from upit.tensor_files import Specs
 
 BATCH_TOKENS = 8192  # of a batch of seed examples, its padding counted; ours
@@ -70,23 +72,23 @@ def load_experts(dense: PreTrainedModel, experts: Sequence[Expert]) -> Iterator[
         yield expert
 
 
-def write_ffn(dense: PreTrainedModel, path: Path, key: str) -> str:
+def write_ffn(dense: PreTrainedModel, path: Path, key: str | None = None) -> str:
     """Write the FFN that stands in a dense model as an expert's file; a collective, one tensor at a time.
 
     Args:
-        key: fingerprint of all that it depends on, kept in the file.
+        key: fingerprint of all that it depends on, kept beside the file where it may be used again.
     Returns: the file's sha256, on every rank.
     """
     params = {name: param for name, param in dense.named_parameters() if is_expert(name)}
     specs = {name: (param.dtype, tuple(param.shape)) for name, param in params.items()}
-    return write_gathered(path, ((name, full(param)) for name, param in params.items()), specs, {"fingerprint": key})
+    return write_gathered(path, ((name, full(param)) for name, param in params.items()), specs, key)
 
 
-def write_gathered(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, metadata: Mapping[str, str] | None = None
-) -> str:
+def write_gathered(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, key: str | None = None) -> str:
     """:func:`upit.pool.write_expert` of tensors that all ranks gather one by one, and rank 0 writes; a collective.
 
+    Args:
+        key: fingerprint to record beside the file, where it may be used again.
     Returns: the file's sha256, on every rank.
     """
     whole = ((name, tensor.cpu()) for name, tensor in tensors)
@@ -94,7 +96,8 @@ def write_gathered(
         for _ in whole:
             pass
         return str(broadcast(None))
-    return str(broadcast(write_expert(path, whole, specs, metadata)))
+    sha256 = write_expert(path, whole, specs)
+    return str(broadcast(record(path, key, sha256) if key else sha256))
 
 
 class SeedBatches:
@@ -192,8 +195,9 @@ class Seeds:
 class SeedScorer:
     """Perplexity of experts on the seed examples; a collective.
 
-    Each expert is scored once, known by its sha256. ``file`` is rewritten after each, and a later scorer takes from it
-    what was found under the same examples and the same other weights of the dense model.
+    Each expert is scored once, known by its sha256. ``file`` is rewritten after each. A later scorer takes from it
+    what was found for the same tokens and labels of the examples, the same other weights of the dense model, and the
+    same precision. A damaged file is not used, and a warning says so.
 
     Args:
         dense: borrowed while experts are scored, see :func:`upit.placement.borrowed`.
@@ -209,14 +213,24 @@ class SeedScorer:
         self.indices = list(indices)
         self.rows = [data.train_set[index] for index in indices]
         self.seen: dict[str, Any] = {
-            "state": fingerprint(dense),
-            "ids": [row["id"] for row in self.rows],
+            "version": SEEDS_VERSION,
+            "state": state_key(dense, autocast),
+            "content": examples_key(self.rows),
             "columns": {},
         }
-        if file.exists():
-            found = read_json(file)
-            if all(found[key] == self.seen[key] for key in ("state", "ids")):
-                self.seen["columns"] = found["columns"]
+        self.seen["columns"] = on_rank_zero(self._finished)
+
+    def _finished(self) -> dict[str, list[float]]:
+        """Perplexities of an earlier scorer by the expert's sha256, where they are of the same examples and state."""
+        if not self.file.exists():
+            return {}
+        try:
+            found = read_sealed(self.file, SEEDS_VERSION, "the seed examples are scored again")
+        except ValueError as error:
+            warnings.warn(f"{error}. The seed examples are scored again", stacklevel=2)
+            return {}
+        same = all(found[key] == self.seen[key] for key in ("state", "content"))
+        return found["columns"] if same else {}
 
     def perplexities(
         self, experts: Sequence[Expert], *, track: Callable[[Iterable], Iterable] = lambda experts: experts
@@ -231,7 +245,7 @@ class SeedScorer:
                     next(loading)
                     columns[expert.sha256] = self._perplexity(expert)
                     if rank() == 0:
-                        write_json(self.file, self.seen, indent=None)
+                        write_sealed(self.file, self.seen, indent=None)
         return [columns[expert.sha256] for expert in experts]
 
     def _perplexity(self, expert: Expert) -> list[float]:
@@ -264,7 +278,12 @@ class SeedScorer:
     ) -> Seeds:
         """Who gets which seed example; writes the whole of ``file``."""
         perplexity_SN = torch.tensor(self.perplexities(experts, track=track), dtype=torch.float64).T
-        seeds = Seeds(self.indices, perplexity_SN, assignment(perplexity_SN, seeded(seed, "assignment")))
+        expert_S = assignment(perplexity_SN, seeded(seed, "assignment"))
+        expert_S = checked_assignment(assignment, expert_S, *perplexity_SN.shape)
+        seeds = Seeds(self.indices, perplexity_SN, expert_S)
+        without = [expert for expert, count in enumerate(seeds.counts) if not count]
+        if without and rank() == 0:
+            warnings.warn(f"{assignment.class_path} gives no seed example to the experts {without}", stacklevel=2)
         if rank() == 0:
             examples = [
                 {"id": row["id"], "domain": row["domain"], "perplexity": perplexity, "expert": owner}
@@ -273,12 +292,5 @@ class SeedScorer:
                 )
             ]
             about = {"counts": seeds.counts, "assignment": assignment.describe()}
-            write_json(self.file, {"examples": examples, **about, **self.seen})
+            write_sealed(self.file, {**self.seen, "examples": examples, **about})
         return seeds
-
-
-def fingerprint(dense: PreTrainedModel) -> str:
-    """Names a state of training by its final norm, which every optimizer step moves. A collective when sharded."""
-    norm: Any = dense.model.norm
-    content = full(norm.weight).float().cpu().clone()  # numpy would pin a storage that FSDP2 must free
-    return hashlib.sha256(content.numpy().tobytes()).hexdigest()

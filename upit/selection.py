@@ -3,6 +3,7 @@
 ``M`` experts so far.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Literal
@@ -23,11 +24,12 @@ class Parents(Strategy):
     again.
     """
 
-    def check(self, metrics: Collection[str]) -> None:
-        """Refuse, before the run, what could not choose.
+    def check(self, metrics: Sequence[Collection[str]]) -> None:
+        """Refuse settings that could not choose; called before the run.
 
         Args:
-            metrics: names of those that the experts come with.
+            metrics: for each expert, the names of the metrics that it comes with.
+        Raises: ValueError: too few experts come with what the choice is made by.
         """
         return
 
@@ -46,6 +48,10 @@ class Parents(Strategy):
             used: pairs that have a child.
         """
         cost = self.cost(similarity, experts, generator)
+        size = len(experts), len(experts)
+        if tuple(cost.shape) != size or cost.isnan().any():
+            found = f"shape {tuple(cost.shape)}, or NaN"
+            raise ValueError(f"{self.class_path}.cost returned {found}: expected a number for each pair, {size}")
         pairs = [(j, k) for k in range(len(experts)) for j in range(k)]
         free = [pair for pair in pairs if pair not in used] or pairs
         return min(free, key=lambda pair: (float(cost[pair]), pair))
@@ -77,7 +83,10 @@ class Random(Parents):
 
 
 class Best(Parents):
-    """The two with the best mean of a metric noted at their harvest; merged experts have none and come last.
+    """The two with the best mean of a metric noted at their harvest.
+
+    A pair of which one has no such metric, as merged experts have none, comes after all pairs that have it, in the
+    order of the other's; a pair without any comes last.
 
     Args:
         metric: name of a logged metric, such as "val/loss".
@@ -89,12 +98,26 @@ class Best(Parents):
         self.mode = mode
 
     def check(self, metrics):
-        if self.metric not in metrics:
-            raise ValueError(f"Best.metric={self.metric!r}: no expert comes with it, only with {sorted(metrics)}")
+        found, others = sum(self.metric in names for names in metrics), sorted(set().union(*metrics))
+        if found < 2:
+            who = f"only 1 of {len(metrics)} experts comes" if found else "no expert comes"
+            raise ValueError(
+                f"Best.metric={self.metric!r}: {who} with it, only with {others}. At least 2 experts need it: choose "
+                "another metric, or validate before the second harvest"
+            )
 
     def cost(self, similarity, experts, generator):
         sign = 1.0 if self.mode == "min" else -1.0
-        cost = torch.tensor([sign * expert.metrics.get(self.metric, sign * torch.inf) for expert in experts])
+        cost = torch.tensor(
+            [sign * expert.metrics.get(self.metric, math.nan) for expert in experts], dtype=torch.float64
+        )
+        known = cost[cost.isfinite()]
+        if len(known) < 2:
+            raise ValueError(
+                f"Best.metric={self.metric!r}: {len(known)} of {len(experts)} experts have it; 2 are needed"
+            )
+        behind = known.max() + 2 * (known.max() - known.min()) + 1  # behind every pair that has it
+        cost = torch.where(cost.isfinite(), cost, behind)
         return cost[:, None] + cost[None, :]
 
 

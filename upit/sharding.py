@@ -64,6 +64,14 @@ def with_local(param: Tensor, tensor: Tensor) -> Tensor:
     )
 
 
+def counts_once(param: Tensor) -> bool:
+    """Whether this rank's part counts in a sum over all ranks: of equal replicas of a shard, the first one does."""
+    if not _is_sharded(param):
+        return True
+    place = zip(param.device_mesh.get_coordinate() or (), param.placements, strict=True)
+    return all(rank == 0 for rank, placement in place if placement.is_replicate())
+
+
 def full(param: Tensor) -> Tensor:
     """The whole parameter, detached. A collective for a DTensor: every rank must call it in the same order."""
     param = param.detach()

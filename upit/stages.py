@@ -135,12 +135,16 @@ def expand(
 
     import torch
 
+    from upit.artefacts import LINEAGE_FILE, write_lineage
     from upit.expansion import check_choices, metrics_of
     from upit.expansion import expand as expand_pool
     from upit.files import write_json
+    from upit.merging import Dare
     from upit.pool import Pool
+    from upit.rehearsal import rehearse_expansion
     from upit.resident import checked_device
-    from upit.selection import MostDissimilar
+    from upit.selection import Even, MostDissimilar
+    from upit.similarity import Cosine
     from upit.stage_inputs import (
         all_experts,
         base_at,
@@ -151,11 +155,23 @@ def expand(
     )
 
     check_similarity(similarity)
-    checked_device(device, "device")
+    place = checked_device(device, "device")
     pool, found, origin = Pool(Path(output)), all_experts(experts), base_at(base)
     check_apart(pool.directory, [base, *experts])
     check_experts(found, origin)
     check_choices(len(found), num_experts, parents or MostDissimilar(), metrics_of(found))
+    rehearse_expansion(
+        merge=merge or Dare(),
+        parents=parents or MostDissimilar(),
+        similarity=similarity or Cosine(),
+        selection=selection or Even(),
+        metrics=metrics_of(found),
+        available=len(found),
+        num_experts=num_experts,
+        shapes=origin.shapes,
+        dtype=next(iter(found[0].specs.values()))[0],
+        device=place,
+    )
     if pool.manifest_file.exists() and not overwrite:
         raise FileExistsError(f"output={output!r} holds a pool already; name another directory, or add --overwrite")
     if any(file.suffix not in (".safetensors", ".json") for file in pool.directory.glob("*")):
@@ -184,7 +200,7 @@ def expand(
     own = pool.gather(origin, expansion.experts, track=lambda numbers: _bar(numbers, "Copying experts"))
     places = [{"file": str(expert.file), "sha256": expert.sha256} for expert in own]
     lineage = [entry | place for entry, place in zip(expansion.lineage, places, strict=True)]
-    write_json(pool.directory / "lineage.json", lineage)
+    write_lineage(pool.directory / LINEAGE_FILE, lineage)
     write_json(pool.directory / "similarity.json", expansion.similarity)
     print(f"{num_experts} experts in {output}")
 

@@ -27,6 +27,10 @@ SHARD_BYTES = 5 * 10**9
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+class NotFiniteTensorError(TensorFileError):
+    """A tensor that is to be written holds NaN or infinity."""
+
+
 class TensorFiles(Mapping[str, Entry]):
     """The tensors of one safetensors file, or of a checkpoint directory with one file or sharded ones.
 
@@ -233,7 +237,8 @@ def _pieces(path: Path, tensors: Iterable[tuple[str, Tensor]], specs: Specs, met
     for (name, tensor), (expected, spec) in zip(tensors, specs.items(), strict=True):
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, *spec):
             raise TensorFileError(f"{path}: got {name} {tensor.dtype} {tuple(tensor.shape)}, not {expected} {spec}")
-        check_finite(tensor, name, path)
+        if not _is_finite(tensor):
+            raise NotFiniteTensorError(f"{path}: tensor {name!r} holds NaN or infinity")
         yield _bytes_of(tensor.contiguous())
 
 

@@ -1,6 +1,7 @@
 """Model upcycling: assemble experts, router and another model's other weights into a MoE."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ def upcycle(moe: PreTrainedModel, source: PreTrainedModel, experts: Sequence[Exp
             router's; must be sharded as ``moe`` is.
         experts: E experts on disk; their tensors are named as in the dense state dict.
         router_DEH: routing vectors, (layers, experts, hidden).
-    Raises: KeyError: a MoE parameter has no source.
+    Raises: KeyError: a MoE parameter has no source. ValueError: ``router_DEH`` has another shape.
     """
+    config: Any = moe.config
+    shape = (config.num_hidden_layers, len(experts), config.hidden_size)
+    if tuple(router_DEH.shape) != shape:
+        raise ValueError(f"router_DEH has shape {tuple(router_DEH.shape)}, expected {shape} (layers, experts, hidden)")
     reshard(source)
     others = dict(source.named_parameters())
     shared_expert = family_of_moe(moe.config).shared_expert(moe.config)

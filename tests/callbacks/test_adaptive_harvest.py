@@ -6,6 +6,7 @@ import pytest
 
 from callbacks import ExpertHarvest
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
+from upit.artefacts import read_lineage
 from upit.expert_sources import Harvested
 from upit.pool import Pool
 
@@ -60,7 +61,7 @@ def test_too_great_a_distance_leaves_as_many_as_the_upcycling_needs(make_data, t
         UserWarning, match=rf"min_distance=9 is too far: the experts moved 0\.\d+ since step 0\. .* {steps[0]} "
     ):
         assert fit(make_data, tmp_path, {"every_n_steps": 2, "min_distance": 9}, source) == steps
-    assert len(json.loads((tmp_path / "upcycling/lineage.json").read_text())) == 4
+    assert len(read_lineage(tmp_path / "upcycling/lineage.json")) == 4
 
 
 def test_refuses():

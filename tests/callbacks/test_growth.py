@@ -9,6 +9,8 @@ from callbacks import ExpertGrowth
 from callbacks.event import MissedEventError
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
+from upit.growth import NewRows
+from upit.merging import Merge
 from upit.selection import Best
 from upit.similarity import Functional
 
@@ -42,6 +44,18 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         ExpertGrowth(**settings)
 
 
+class AllRows(NewRows):
+    """Returns the trained experts' rows too."""
+
+    def __call__(self, router_DNH, lineage, config, *, seed=0):
+        return router_DNH
+
+
+class InPlace(Merge):
+    def __call__(self, tensors, weights, base, generators):
+        return tensors[0].add_(tensors[1])
+
+
 @pytest.mark.parametrize(
     ("growth", "moe", "message"),
     [
@@ -52,6 +66,12 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         ({"at_step": 8, "num_experts": 4}, {}, r"ExpertGrowth\.num_experts=4 must be above the MoE's 4; raise it"),
         ({"at_step": 8}, {"num_experts": 1, "top_k": 1}, r"num_experts=1 of the MoE; give it at least 2"),
         ({"at_step": 8, "expansion_device": "tpu"}, {}, r"ExpertGrowth\.expansion_device='tpu' is no device"),
+        (
+            {"at_step": 8, "num_experts": 6, "router": AllRows()},
+            {},
+            r"AllRows returned rows of the router of shape \(2, 4, 32\), expected \(2, 2, 32\)",
+        ),
+        ({"at_step": 8, "merge": InPlace()}, {}, r"InPlace changed a tensor that it was given"),
     ],
 )
 def test_refused_before_training(make_data, tmp_path, growth, moe, message):
@@ -80,6 +100,25 @@ def test_a_run_resumed_without_its_harvest_is_refused_before_it_trains(finished,
     checkpoint = tmp_path / "run/checkpoints/step=7.ckpt"
     with pytest.raises(ValueError, match=r"no harvested experts in .*experts.*manifest\.json is missing"):
         trainer.fit(make_module(), datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"merge": InPlace()}, "InPlace changed a tensor"), ({}, r"lineage\.json' has no format version")],
+    ids=["merge", "lineage"],
+)
+def test_what_a_growth_needs_is_checked_when_a_run_is_resumed_after_its_swap(
+    finished, make_data, tmp_path, settings, message
+):
+    shutil.copytree(finished[0], tmp_path / "run")
+    if not settings:
+        (tmp_path / "run/upcycling/lineage.json").write_text("[]")
+    chosen = [ExpertGrowth(at_step=9, **settings), *make_callbacks(report=False)]
+    trainer = make_trainer(tmp_path / "run", chosen, logger=False)
+    trainer.ckpt_path = tmp_path / "run/checkpoints/step=7.ckpt"  # as the command line does
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(make_module(), datamodule=make_data(), weights_only=True)
     assert trainer.global_step == 7
 
 

@@ -21,11 +21,12 @@ from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
 from tests.upit.tiny import dense_model
 from upit.expert_sources import Checkpoints
+from upit.merging import Linear, Merge
 from upit.non_experts import Named
 from upit.pool import Pool
-from upit.router_init import FromFile, RoutingVectors
-from upit.seed_data import LowestPerplexity
-from upit.selection import Best, Last
+from upit.router_init import FromFile, RoutingVectors, WithoutData
+from upit.seed_data import Assignment, LowestPerplexity
+from upit.selection import Best, Last, Parents
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,56 @@ def test_choices_that_do_not_fit_the_model_are_refused_before_training(make_data
     assert not (tmp_path / "run/experts").exists()
 
 
+class Wrong:
+    """Choices of a user's, each of which would fail at the swap, hours later."""
+
+    class HoldsATensor(Linear):
+        def __init__(self):
+            self.mask = torch.ones(2)
+
+    class Halves(Merge):
+        def __call__(self, tensors, weights, base, generators):
+            return tensors[0][: len(base) // 2]
+
+    class Beyond(Assignment):
+        def __call__(self, perplexity_SN, generator):
+            return torch.full((len(perplexity_SN),), perplexity_SN.shape[1])
+
+    class Broadcast(WithoutData):
+        def weights(self, dense, num_experts, *, seed=0):
+            return torch.ones(dense.num_hidden_layers, 1, dense.hidden_size)
+
+    class Same(Parents):
+        def cost(self, similarity, experts, generator):
+            return similarity
+
+        def choose(self, similarity, experts, *, used=frozenset(), generator):
+            return 0, 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"merge": Wrong.Halves()}, r"Wrong\.Halves returned for tensor .*gate_proj"),
+        ({"assignment": Wrong.Beyond()}, r"Wrong\.Beyond assigned examples to experts \[4\]"),
+        ({"router": Wrong.Broadcast()}, r"Wrong\.Broadcast returned .*\(2, 1, 32\), expected \(2, 4, 32\)"),
+        ({"parents": Wrong.Same()}, r"Wrong\.Same chose the parents \(0, 0\)"),
+    ],
+    ids=["merge", "assignment", "router", "parents"],
+)
+def test_choices_that_would_fail_at_the_swap_are_refused_before_training(make_data, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path / "run", make_data(), make_callbacks(upcycling=settings, report=False))
+    assert not (tmp_path / "run/experts").exists()
+
+
+def test_a_choice_that_holds_a_tensor_is_refused_when_it_is_set():
+    with pytest.raises(ValueError, match=r"Upcycling\.merge=.*Wrong\.HoldsATensor: its mask can't be written"):
+        Upcycling(at_step=3, merge=Wrong.HoldsATensor())
+    with pytest.raises(ValueError, match=r"ExpertGrowth\.merge=.*Wrong\.HoldsATensor: its mask can't be written"):
+        ExpertGrowth(at_step=3, merge=Wrong.HoldsATensor())
+
+
 @pytest.mark.parametrize(("said", "taken"), [("cuda:99", "cuda:99"), (None, "cuda:98")])
 def test_experts_are_expanded_on_the_device_that_is_said_or_on_the_one_that_trains(tmp_path, monkeypatch, said, taken):
     pool = make_pool(tmp_path / "pool", 2)
@@ -114,6 +165,7 @@ def test_experts_are_expanded_on_the_device_that_is_said_or_on_the_one_that_trai
             r"Best\.metric='val/loss': .* only with \['dense/lm_loss', 'train/loss'\]",
         ),
         ("val/loss", {"val_check_interval": "00:10:00:00"}, r"Best\.metric='val/loss'"),
+        ("val/loss", {"val_check_interval": 5}, r"Best\.metric='val/loss': only 1 of 2 experts comes with it"),
         ("train/loss", {"log_every_n_steps": 7}, r"Best\.metric='train/loss': .* only with .*'val/loss'"),
     ],
 )
@@ -143,13 +195,13 @@ def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(
 
 def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
     callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("val/loss")}, report=False)
-    trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=5, max_steps=7)
+    trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=2, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
 
 def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
     callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("train/loss")}, report=False)
-    trainer = fit(tmp_path, make_data(), callbacks, log_every_n_steps=6, max_steps=7)
+    trainer = fit(tmp_path, make_data(), callbacks, log_every_n_steps=2, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
 

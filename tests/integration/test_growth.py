@@ -100,7 +100,7 @@ def test_it_draws_otherwise_than_the_first_upcycling_and_writes_beside_it(grown)
     assert [len(first), len(second)] == [4, 8]
     assert {entry["alpha"] for entry in first[2:]}.isdisjoint(entry["alpha"] for entry in second[4:])
     assert first[2]["seed"] == 0
-    assert sorted(file.name for file in run.glob("upcycling/experts/*")) == [
+    assert sorted(file.name for file in run.glob("upcycling/experts/*.safetensors")) == [
         f"merged_0{i}.safetensors" for i in (0, 1)
     ]
     manifest = json.loads((run / "growth/experts/manifest.json").read_text())

@@ -18,9 +18,9 @@ from callbacks import ExpertGrowth
 from tests.conftest import make_callbacks, make_module, make_trainer, tiny_data
 from tests.integration.test_resume import ROOT, same, write_config
 from upit.checkpoints import read_weights
-from upit.cli import RUN_DIR
 from upit.non_experts import Mean
 from upit.router_init import RoutingVectors
+from upit.run_directory import RUN_DIR
 
 SWAP, GROWTH, END = 3, 4, 5
 

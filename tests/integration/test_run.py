@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Stoc
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
-from upit.artefacts import Run
+from upit.artefacts import Run, read_lineage
 from upit.examples import collate
 from upit.export import export_checkpoint
 from upit.forward import response_logits
@@ -27,7 +27,7 @@ def test_leaves_its_artefacts(finished):
     manifest = json.loads((run / "experts/manifest.json").read_text())
     assert [entry["step"] for entry in manifest["experts"]] == [3, 6]
     assert {entry["base"] for entry in manifest["experts"]} == {manifest["base"]["sha256"]}
-    lineage = json.loads((run / "upcycling/lineage.json").read_text())
+    lineage = read_lineage(run / "upcycling/lineage.json")
     assert [entry["kind"] for entry in lineage] == ["harvested", "harvested", "merged", "merged"]
     assert len(json.loads((run / "upcycling/similarity.json").read_text())) == 4
     seeds = json.loads((run / "upcycling/seed_perplexity.json").read_text())

@@ -1,12 +1,11 @@
 """Whole fits with experts from every source, under every router initialisation."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_callbacks, make_module, make_trainer
+from upit.artefacts import read_lineage
 from upit.expert_sources import Checkpoints, Copies, DropUpcycling, Harvested
 from upit.export import export_checkpoint
 from upit.merging import DareTies, Slerp, Ties
@@ -22,7 +21,7 @@ def fit(make_data, run, upcycling, **moe):
     module = make_module(**moe)
     callbacks = make_callbacks({"every_n_steps": 2}, {"at_step": 4, **upcycling}, report=False)
     make_trainer(run, callbacks, max_steps=5).fit(module, datamodule=make_data())
-    return module, callbacks[1], json.loads((run / "upcycling/lineage.json").read_text())
+    return module, callbacks[1], read_lineage(run / "upcycling/lineage.json")
 
 
 @pytest.mark.parametrize(

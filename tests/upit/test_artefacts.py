@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upit.artefacts import Run, choices
-from upit.files import FileError
+from upit.files import FileError, digest, write_sealed
 from upit.merging import Dare
 
 
@@ -18,8 +18,28 @@ def test_an_empty_folder_reads_as_nothing(tmp_path):
 
 
 def test_seed_data_half_scored_is_none_yet(tmp_path):
-    Run(tmp_path).save("upcycling/seed_perplexity.json", {"columns": {"sha": [1.0]}})
+    write_sealed(tmp_path / "upcycling/seed_perplexity.json", {"version": 1, "columns": {"sha": [1.0]}})
     assert Run(tmp_path).seeds is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"expert": 0}]', "has no format version, this version of upit reads 1: make it again"),
+        ('{"version": 2, "experts": []}', "has format version 2, this version of upit reads 1: make it again"),
+        ('{"version": 1, "experts": [], "sha256": "0"}', "is damaged"),
+        ('{"version": 1, "expe', "can't be read as JSON"),
+    ],
+    ids=["older", "newer", "changed", "truncated"],
+)
+@pytest.mark.parametrize(
+    ("name", "what"), [("lineage.json", "lineage"), ("seed_perplexity.json", "seeds")], ids=["lineage", "seeds"]
+)
+def test_another_format_and_damage_are_refused_and_named(tmp_path, content, message, name, what):
+    (tmp_path / "upcycling").mkdir()
+    (tmp_path / "upcycling" / name).write_text(content)
+    with pytest.raises(FileError, match=rf"{name}' {message}"):
+        getattr(Run(tmp_path), what)
 
 
 def test_curves_of_a_resumed_run_are_joined_where_it_went_on(tmp_path):
@@ -53,14 +73,21 @@ def test_choices_name_a_strategy_and_its_arguments():
     }
 
 
+def sealed(content):
+    return {**content, "sha256": digest(content)}
+
+
 STAGE = {"step": 4, "average": {"loss": 1.0, "exact_match": 0.5}, "domains": {"a": {"loss": 1.0, "exact_match": 0.5}}}
 SWAP = {"step": 4, "kl": 0.1, "before": {"a": 1.0}, "after": {"a": 1.1}}
 FILES = {  # what a run leaves behind, and the property that reads it
     "report.json": ({"stages": {"base": STAGE}, "seed_counts": [1], "wall_seconds": {}}, "report"),
-    "upcycling/lineage.json": ([{"expert": 0, "kind": "harvested", "step": 1, "epoch": 0.5}], "lineage"),
+    "upcycling/lineage.json": (
+        sealed({"version": 1, "experts": [{"expert": 0, "kind": "harvested", "step": 1, "epoch": 0.5}]}),
+        "lineage",
+    ),
     "upcycling/similarity.json": ([[1.0, 0.5], [0.5, 1.0]], "similarity"),
     "upcycling/seed_perplexity.json": (
-        {"examples": [{"id": "x", "domain": "a", "perplexity": [1.0], "expert": 0}]},
+        sealed({"version": 1, "examples": [{"id": "x", "domain": "a", "perplexity": [1.0], "expert": 0}]}),
         "seeds",
     ),
     "upcycling/pilot.json": ([{"step": 1, "epoch": 0.5, "domains": {"a": {"loss": 1.0}}}], "pilot"),

@@ -41,6 +41,18 @@ def test_the_identity_rebuilds_the_model(dense, tmp_path):
     assert torch.equal(rebuilt(ids).logits, moe(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda identity: identity.pop("version"), lambda identity: identity.update(version=9)]
+)
+def test_an_identity_of_another_version_is_refused_with_what_to_do(dense, tmp_path, change):
+    path = write(tmp_path / "a.ckpt", dense, prefix="model.")
+    content = torch.load(path, weights_only=True)
+    change(content["upit"])
+    torch.save(content, path)
+    with pytest.raises(FileError, match=r"a\.ckpt' has .*format version.* reads 1: train again with this version"):
+        read_identity(path)
+
+
 class Evil:
     def __init__(self, mark):
         self.mark = str(mark)

@@ -1,10 +1,12 @@
 """What the command line says about a wrong strategy."""
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
+from upit.choices import explain
 from upit.cli import main
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -48,3 +50,18 @@ def test_says_what_would_be_right(arguments, said, monkeypatch, capsys, tmp_path
     assert said in text
     assert "Does not validate" not in text
     assert len(text) < 2500, "the usage of every option buries the error"
+
+
+def test_classes_of_the_user_s_come_last_and_only_those_that_can_be_named(tmp_path, monkeypatch):
+    (tmp_path / "a_merge.py").write_text("from upit.merging import Linear\n\n\nclass Own(Linear):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("a_merge").Own
+
+    class Local(own):
+        pass
+
+    message = explain("'x.Nope' is not a class: No module <class 'upit.merging.Merge'>")
+    assert "valid choices of Merge: upit.merging.Dare, " in message
+    assert "upit.merging.Ties, " in message
+    assert "a_merge.Own" in message
+    assert Local.__name__ not in message

@@ -51,6 +51,7 @@ def test_harvested(tmp_path, source, steps):
     found = experts_of(source, tmp_path, harvest=make_pool(tmp_path / "pool", 5))
     assert [expert.origin["step"] for expert in found] == steps
     assert source.count(5, 8) == len(steps)
+    assert list(source.metrics([{1}, {2}, {3}, {4}, {5}], 8)) == [{step} if step else () for step in steps]
     assert found[-1].origin["kind"] == "harvested"
     assert found[-1].origin["source"] == source.describe()
 

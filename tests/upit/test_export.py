@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import TINY
+from upit.artefacts import write_lineage
 from upit.checkpoints import identity_of
 from upit.export import export_model, model_card
 from upit.families import moe_config
@@ -116,7 +117,7 @@ def test_the_card_tells_method_lineage_data_and_metrics(model, data, tmp_path):
         {"expert": 3, "kind": "copy", "source": {"name": "Copies", "noise_std": 0.1}},
         {"expert": 4, "kind": "checkpoint", "path": "there"},
     ]  # fmt: skip
-    write_json(tmp_path / "upcycling/lineage.json", lineage)
+    write_lineage(tmp_path / "upcycling/lineage.json", lineage)
     stages = {"base": scores_at(0, math.nan), "dense": scores_at(6)}
     write_json(tmp_path / "report.json", {"stages": stages})
     identity = identity_of(model, phase="moe" if moe else "dense", swap_step=6) | {"global_step": 6}

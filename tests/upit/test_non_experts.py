@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.upit.tiny import dense_config, dense_model, expert_of
 from upit.families import is_expert, moe_config
-from upit.non_experts import Last, Mean, Named
+from upit.non_experts import Last, Mean, Named, check_filled
 from upit.tensor_files import TensorFileError
 
 
@@ -88,3 +88,13 @@ def test_named_of_another_rope_is_refused_and_a_moe_of_the_model_is_not(tmp_path
 def test_named_refuses_an_empty_directory(tmp_path):
     with pytest.raises(ValueError, match=r"Named\.path=.* holds neither model.safetensors nor"):
         Named(str(tmp_path))
+
+
+@torch.no_grad()
+def test_nan_left_in_the_dense_model_is_named():
+    dense = dense_model("llama")
+    check_filled(Last(), dense)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    dense.get_parameter(name)[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=rf"non_experts\.Last left NaN or infinity in 1 parameters, such as '{name}'"):
+        check_filled(Last(), dense)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.upit.conftest import expert_tensors, shift
-from upit.files import FileError
-from upit.pool import Expert, Pool, file_sha256, write_expert
+from upit.files import FileError, read_json, write_json
+from upit.pool import Expert, Pool, file_sha256, write_expert, write_once
 from upit.tensor_files import TensorFileError
 
 
@@ -221,3 +221,57 @@ def test_a_manifest_with_a_value_of_another_type_is_named(pool, field):
     pool.manifest_file.write_text(json.dumps(manifest))
     with pytest.raises(FileError, match=rf"manifest\.json.*experts\[2\]\.{field} is \[1\]"):
         Pool.load(pool.directory).experts  # noqa: B018
+
+
+def test_a_damaged_file_of_the_other_parameters_is_named(pool, dense):
+    rest = {"model.norm.weight": dense.model.norm.weight.detach()}
+    pool.add(expert_tensors(dense), step=40, epoch=1.0, metrics={}, rest=rest)
+    pool.verify()
+    flip(pool.directory / "step_0000040.rest.safetensors")
+    with pytest.raises(TensorFileError, match=r"step_0000040\.rest\.safetensors.*the manifest says"):
+        pool.verify()
+
+
+@pytest.mark.parametrize("version", [None, 99])
+def test_a_manifest_of_another_version_is_refused_with_what_to_do(pool, version):
+    manifest = read_json(pool.manifest_file)
+    write_json(pool.manifest_file, {**manifest, "version": version})
+    with pytest.raises(FileError, match=r"manifest\.json' has .*format version.* reads 1: make it again"):
+        Pool.load(pool.directory).verify()
+
+
+def make_once(path, value: float, fingerprint: str = "key") -> torch.Tensor:
+    write_once(path, iter([("a", torch.full((3,), value))]), {"a": (torch.float32, (3,))}, fingerprint)
+    return load_file(path)["a"]
+
+
+def test_a_finished_file_is_taken_as_it_is_under_its_fingerprint(tmp_path):
+    path = tmp_path / "made.safetensors"
+    assert make_once(path, 1.0).tolist() == [1.0] * 3
+    assert make_once(path, 2.0).tolist() == [1.0] * 3
+    assert make_once(path, 2.0, "another").tolist() == [2.0] * 3
+
+
+def version_of_record(file):
+    write_json(file.with_suffix(".json"), {**read_json(file.with_suffix(".json")), "version": 0})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, True),
+        (truncate, True),
+        (lambda file: file.unlink(), False),
+        (lambda file: file.with_suffix(".json").unlink(), False),
+        (lambda file: file.with_suffix(".json").write_bytes(b"\xff{"), False),
+        (version_of_record, False),
+    ],
+    ids=["flipped bit", "truncated", "missing", "no record", "damaged record", "older record"],
+)
+def test_a_damaged_file_is_made_again_and_said(tmp_path, damage, said, recwarn):
+    path = tmp_path / "made.safetensors"
+    make_once(path, 1.0)
+    damage(path)
+    assert make_once(path, 2.0).tolist() == [2.0] * 3
+    assert [str(warning.message).endswith("It is made again") for warning in recwarn] == [True] * said
+    assert make_once(path, 3.0).tolist() == [2.0] * 3

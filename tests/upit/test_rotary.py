@@ -1,6 +1,7 @@
 """Rotary frequencies stay in float32 in every family, however the model gets its dtype."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -81,3 +82,9 @@ def test_cosines_of_late_positions_are_those_of_the_stock_model():
         ours.model.rotary_emb(states, position_ids), stock.model.rotary_emb(states, position_ids), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_that_was_copied_or_sent_to_another_process_keeps_them_too(again):
+    model = again(build(dense_config("llama"))).bfloat16()
+    assert {buffer.dtype for buffer in frequencies(model).values()} == {torch.float32}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def passes(monkeypatch):
     return seen
 
 
-def run(dense, experts, file, *, indices=SEEDS):
-    return SeedScorer(dense, indices, DATA, file=file).assign(experts, LowestPerplexity())
+def run(dense, experts, file, *, indices=SEEDS, data=DATA):
+    return SeedScorer(dense, indices, data, file=file).assign(experts, LowestPerplexity())
 
 
 def loss_alone(model, index: int) -> tuple[float, int]:
@@ -124,24 +125,57 @@ def test_a_crash_keeps_the_experts_scored_before_it(dense, experts, file, passes
     assert len(passes) == 3
 
 
-@pytest.mark.parametrize("change", ["seeds", "dense", "expert"])
+@pytest.mark.parametrize("change", ["seeds", "dense", "expert", "tokens", "labels"])
 def test_scores_of_anything_else_are_made_anew(dense, pool, experts, file, passes, change):
     run(dense, experts, file)
     passes.clear()
-    indices = SEEDS
+    indices, data = SEEDS, DATA
     if change == "seeds":
         indices = SEEDS[:-1]
-    elif change == "dense":
+    elif change in ("tokens", "labels"):  # under the same ids
+        column = "input_ids" if change == "tokens" else "labels"
+        examples = [{**example, column: [*example[column]]} for example in DATA.train_set]
+        examples[SEEDS[2]][column][-1] = 5
+        data = SimpleNamespace(train_set=examples, tokenizer=DATA.tokenizer)
+    elif change == "dense":  # the final norm stands still, as it does in bf16-true or when frozen
         with torch.no_grad():
-            dense.model.norm.weight.mul_(1.5)
+            dense.model.layers[1].self_attn.q_proj.weight[0, 0] += 1e-3
     else:
         base = {name: pool.base.read(name) for name in pool.base.shapes}
         pool.add(shift(base, 0.4, seed=50), step=10, epoch=0.25, metrics={})
         experts = pool.experts
-    found = run(dense, experts, file, indices=indices)
+    found = run(dense, experts, file, indices=indices, data=data)
     assert len(passes) == (1 if change == "expert" else 3)
-    fresh = run(dense, experts, file.with_name("fresh.json"), indices=indices)
+    fresh = run(dense, experts, file.with_name("fresh.json"), indices=indices, data=data)
     assert torch.equal(found.perplexity_SN, fresh.perplexity_SN)
+
+
+def one_digit(file):
+    content = json.loads(file.read_text())
+    next(iter(content["columns"].values()))[0] *= 1.5
+    file.write_text(json.dumps(content))
+
+
+def another_version(file):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 0}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (one_digit, "is damaged: its sha256"),
+        (lambda file: file.write_text(file.read_text()[:-30]), "can.t be read as JSON"),
+        (another_version, "has format version 0"),
+    ],
+    ids=["one digit", "truncated", "version"],
+)
+def test_a_damaged_file_of_scores_is_not_used(dense, experts, file, passes, damage, message):
+    before = run(dense, experts, file)
+    damage(file)
+    with pytest.warns(UserWarning, match=rf"seed_perplexity\.json' {message}.*scored again"):
+        again = run(dense, experts, file)
+    assert len(passes) == 6
+    assert torch.equal(again.perplexity_SN, before.perplexity_SN)
 
 
 def test_the_same_expert_twice_is_scored_once(dense, experts, file, passes):

@@ -56,9 +56,23 @@ def test_best_takes_experts_without_the_metric_last():
 
 
 def test_best_names_the_metrics_there_are():
-    Best("loss").check({"loss"})
+    Best("loss").check([{"loss"}, {}, {"loss"}])
     with pytest.raises(ValueError, match=r"Best.metric='f1': no expert comes with it, only with \['loss'\]"):
-        Best("f1").check({"loss"})
+        Best("f1").check([{"loss"}, {"loss"}])
+
+
+def test_best_needs_two_experts_with_its_metric():
+    with pytest.raises(ValueError, match=r"Best.metric='f1': only 1 of 3 experts comes with it.*At least 2"):
+        Best("f1").check([{"loss"}, {"loss", "f1"}, {"loss"}])
+    with pytest.raises(ValueError, match=r"Best.metric='f1': 1 of 4 experts have it"):
+        next(pairs_of(Best("f1"), 1, pool({}, {"f1": 0.5}, {"f1": float("nan")}, {})))
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_best_pairs_the_best_with_what_has_no_metric_after_all_others(mode):
+    sign = 1 if mode == "min" else -1
+    experts = pool({}, {"loss": sign * 2.0}, {"loss": sign * 1.0}, {})
+    assert list(pairs_of(Best("loss", mode), 6, experts)) == [(1, 2), (0, 2), (2, 3), (0, 1), (1, 3), (0, 3)]
 
 
 def test_even_keeps_the_last():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.upit.tiny import dense_model
+from upit.artefacts import read_lineage
 from upit.cli import STAGES, main
 from upit.families import moe_config
 from upit.files import read_json
@@ -178,7 +179,7 @@ def test_expand_writes_a_pool_that_upcycle_takes(checkpoints, tmp_path):
     expand(checkpoints, tmp_path / "pool", merge="Linear", seed=1)
     pool = Pool.load(tmp_path / "pool")
     pool.verify()
-    lineage = read_json(tmp_path / "pool/lineage.json")
+    lineage = read_lineage(tmp_path / "pool/lineage.json")
     assert [entry["kind"] for entry in lineage] == ["checkpoint", "checkpoint", "merged", "merged"]
     assert [expert.origin["kind"] for expert in pool.experts] == [entry["kind"] for entry in lineage]
     assert len(read_json(tmp_path / "pool/similarity.json")) == 4
@@ -213,10 +214,10 @@ def test_expand_resumes_and_overwrites_only_when_told(checkpoints, tmp_path, mon
         patch.setattr(Pool, "gather", killed)
         with pytest.raises(KeyboardInterrupt):
             expand(checkpoints, pool)
-    before = {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")}
+    before = {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*.safetensors")}
     assert len(before) == 2
     expand(checkpoints, pool)
-    assert {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*")} == before
+    assert {file.name: file.stat().st_mtime_ns for file in pool.glob("merged_*.safetensors")} == before
     with pytest.raises(SystemExit, match="holds a pool already"):
         expand(checkpoints, pool)
     with pytest.raises(SystemExit, match="is one of the inputs"):

@@ -60,7 +60,8 @@ class RouterInit(Strategy):
             data: data module, for ``train_set`` and ``tokenizer``.
             directory: for what is worth keeping of an interrupted initialisation.
             track: wraps the work, for a progress bar.
-        Returns: the experts, which may have been trained along, and ``router_DEH``, float32, on the CPU.
+        Returns: the experts, which may have been trained along, and ``router_DEH``, float32, on the CPU. The caller
+            checks both with :func:`upit.checks.checked_initialisation`.
         """
 
 

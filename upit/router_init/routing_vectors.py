@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from upit.distributed import all_sum, barrier, broadcast, own_share, rank, world_size
+from upit.distributed import all_sum, barrier, on_rank_zero, own_share, rank, world_size
 from upit.examples import IGNORE, PADDING, Batch, Example, collate, to_device
 from upit.families import is_expert
 from upit.files import digest
 from upit.forward import ffn_inputs_of, response_losses
 from upit.placement import borrowed
+from upit.pool import Expert, finished, record, write_expert
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, ffn_inputs_by_example, fingerprint, load_experts, write_ffn
+from upit.scoring import Autocast, Seeds, ffn_inputs_by_example, load_experts, write_ffn
 from upit.sharding import average_gradients
+from upit.state_key import examples_key, state_key
+from upit.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,26 +74,34 @@ class RoutingVectors(RouterInit):
             return self._initialise(dense, experts, seeds, data, directory, seed, autocast, track)
 
     def _initialise(self, dense, experts, seeds, data, directory, seed, autocast, track):
-        state, done, vectors = fingerprint(dense), [], []
-        keys = [digest([e.sha256, seeds.bucket(i), self.describe(), seed, state]) for i, e in enumerate(experts)]
-        found = [broadcast(_finished(_vector_file(directory, i), key)) for i, key in enumerate(keys)]
+        keys, done, vectors = self._keys(dense, experts, seeds, data, seed, autocast), [], []
+        found = [on_rank_zero(partial(self._finished, directory, i, key)) for i, key in enumerate(keys)]
         loading = load_experts(dense, [expert for expert, sha256 in zip(experts, found, strict=True) if not sha256])
         for i, expert in enumerate(track(experts)):
-            file = directory / f"expert_{i:02d}.safetensors"
-            if found[i]:
-                done.append(replace(expert, file=file, sha256=found[i]) if self.expert_lr else expert)
-                with safe_open(_vector_file(directory, i), "pt") as vector_file:
-                    vectors.append(vector_file.get_tensor("vectors"))
-                continue
-            next(loading)
-            vectors.append(self._optimise(dense, seeds.bucket(i), data, seed + i, autocast))
-            if self.expert_lr:
-                expert = replace(expert, file=file, sha256=write_ffn(dense, file, keys[i]))
-            if rank() == 0:
-                _keep(vectors[-1], _vector_file(directory, i), keys[i], expert.sha256)
-            barrier()
-            done.append(expert)
+            file, sha256 = directory / f"expert_{i:02d}.safetensors", found[i]
+            if sha256:
+                vectors.append(TensorFiles(_vector_file(directory, i)).read("vectors"))
+            else:
+                next(loading)
+                vectors.append(self._optimise(dense, seeds.bucket(i), data, seed + i, autocast))
+                if self.expert_lr:
+                    sha256 = write_ffn(dense, file, keys[i])
+                if rank() == 0:
+                    _keep(vectors[-1], _vector_file(directory, i), keys[i])
+                barrier()
+            done.append(replace(expert, file=file, sha256=sha256) if self.expert_lr else expert)
         return done, torch.stack(vectors, dim=1)
+
+    def _keys(self, dense, experts: Sequence[Expert], seeds: Seeds, data, seed: int, autocast: Autocast) -> list[str]:
+        """All that each expert's vectors depend on; a collective."""
+        common = [self.key(), seed, state_key(dense, autocast)]
+        buckets = [[data.train_set[index] for index in seeds.bucket(i)] for i in range(len(experts))]
+        return [digest([e.sha256, examples_key(rows), *common]) for e, rows in zip(experts, buckets, strict=True)]
+
+    def _finished(self, directory: Path, i: int, key: str) -> str | None:
+        """sha256 of the finished expert, or of its vectors where only they are trained; None if a file is missing."""
+        vectors = finished(_vector_file(directory, i), key)
+        return finished(directory / f"expert_{i:02d}.safetensors", key) if vectors and self.expert_lr else vectors
 
     def _optimise(self, dense, bucket: list[int], data, seed: int, autocast: Autocast) -> Tensor:
         return optimise_routing_vectors(
@@ -113,20 +123,9 @@ def _vector_file(directory: Path, i: int) -> Path:
     return directory / f"vectors_{i:02d}.safetensors"
 
 
-def _keep(vectors_DH: Tensor, file: Path, key: str, sha256: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp")
-    save_file({"vectors": vectors_DH}, beside, metadata={"key": key, "expert_sha256": sha256})
-    beside.replace(file)
-
-
-def _finished(vector_file: Path, key: str) -> str | None:
-    """The expert's sha256 where its routing vectors are on disk and still match."""
-    if not vector_file.exists():
-        return None
-    with safe_open(vector_file, "pt") as file:
-        metadata = file.metadata()
-    return metadata["expert_sha256"] if metadata["key"] == key else None
+def _keep(vectors_DH: Tensor, file: Path, key: str) -> None:
+    specs = {"vectors": (vectors_DH.dtype, tuple(vectors_DH.shape))}
+    record(file, key, write_expert(file, [("vectors", vectors_DH)], specs))
 
 
 def routing_loss(states_DNH: Tensor, vectors_DH: Tensor, *, denominator: Tensor | float) -> Tensor:

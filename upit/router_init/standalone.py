@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from upit.checks import checked_initialisation
 from upit.examples import TrainingData
 from upit.families import is_expert
 from upit.files import Estimate
@@ -49,13 +50,19 @@ def initialise(
     Returns: the experts, which may have been trained along, and ``router_DEH``.
     Raises: ValueError: there is something to learn but no data, or its tokenizer is not the model's.
     """
+    router.check_description("router")
     router.check(config, len(experts))
     if isinstance(router, WithoutData):
-        return experts, router.weights(config, len(experts), seed=seed)
+        result = experts, router.weights(config, len(experts), seed=seed)
+        return checked_initialisation(router, result, config, len(experts))
     if data is None:
         raise ValueError(f"router={router} learns from seed data: set data to a data module")
     from upit.models import check_tokenizer
+    from upit.rehearsal import rehearse_assignment
 
+    assignment = assignment or LowestPerplexity()
+    assignment.check_description("assignment")
+    rehearse_assignment(assignment, len(experts))
     data.prepare_data()
     data.setup("fit")
     check_tokenizer(config, data.tokenizer, source="base")
@@ -63,11 +70,9 @@ def initialise(
     dense = load().eval()
     with borrowed(dense, keep=lambda name: False):  # nobody needs it afterwards
         scorer = SeedScorer(dense, indices, data, file=directory / "seed_perplexity.json")
-        seeds = scorer.assign(
-            experts, assignment or LowestPerplexity(), seed=seed, track=lambda items: track(items, "Scoring seed data")
-        )
+        seeds = scorer.assign(experts, assignment, seed=seed, track=lambda items: track(items, "Scoring seed data"))
         print(f"Seed examples of each expert: {seeds.counts}")
-        return router(
+        result = router(
             dense,
             experts,
             seeds,
@@ -76,6 +81,7 @@ def initialise(
             seed=seed,
             track=lambda items: track(items, "Initialising the router"),
         )
+    return checked_initialisation(router, result, config, len(experts))
 
 
 def learning_estimate(router: RouterInit, base: TensorFiles, num_experts: int) -> Estimate:

@@ -3,6 +3,7 @@
 import copy
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,40 @@ def test_vectors_of_other_settings_are_made_anew(setting, tmp_path, trainings, c
     changed = initialise(setting, tmp_path / "router", **change)
     assert len(trainings) == 6
     assert torch.equal(changed[1], initialise(setting, tmp_path / "fresh", **change)[1])
+
+
+@pytest.mark.parametrize(("file", "expert_lr"), [("vectors_01", None), ("vectors_01", 1e-3), ("expert_01", 1e-3)])
+def test_a_damaged_file_is_made_again_and_said(setting, tmp_path, trainings, file, expert_lr):
+    first = initialise(setting, tmp_path / "router", expert_lr=expert_lr)
+    content = bytearray((tmp_path / f"router/{file}.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / f"router/{file}.safetensors").write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"{file}\.safetensors' is damaged"):
+        second = initialise(setting, tmp_path / "router", expert_lr=expert_lr)
+    assert len(trainings) == 4
+    assert torch.equal(first[1], second[1])
+    for expert in second[0]:
+        expert.check()
+
+
+def test_vectors_of_other_tokens_under_the_same_ids_are_made_anew(setting, tmp_path, trainings):
+    initialise(setting, tmp_path / "router")
+    dense, experts, seeds = setting
+    index = seeds.bucket(1)[0]
+    edited = [{**example, "input_ids": [*example["input_ids"]]} for example in DATA.train_set]
+    edited[index]["input_ids"][0] += 1
+    data = SimpleNamespace(train_set=edited, tokenizer=DATA.tokenizer)
+    RoutingVectors(epochs=2, lr=1e-2, batch_size=4)(dense, experts, seeds, data, directory=tmp_path / "router")
+    assert len(trainings) == 4
+
+
+def test_vectors_of_another_state_are_made_anew(setting, tmp_path, trainings):
+    """The final norm stands still, as it does in bf16-true or when frozen."""
+    initialise(setting, tmp_path / "router")
+    with torch.no_grad():
+        setting[0].model.layers[0].self_attn.v_proj.weight[3, 5] += 1e-3
+    initialise(setting, tmp_path / "router")
+    assert len(trainings) == 6
 
 
 def test_a_crash_keeps_the_vectors_finished_before_it(setting, tmp_path, monkeypatch, trainings):
