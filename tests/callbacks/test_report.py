@@ -40,7 +40,7 @@ def test_the_best_checkpoint_is_exported(make_data, tmp_path, capsys):
     """The rate is so high that the first validation after the swap is the best."""
     ranked = ModelCheckpoint(tmp_path / "elsewhere", monitor="moe/val_loss", mode="min", save_top_k=1)
     harvest, upcycling = make_callbacks({"every_n_steps": 1}, {"at_step": 2}, report=False)
-    module = make_module(lr=1.0)
+    module = make_module(lr=10.0)
     settings = {"max_steps": 6, "val_check_interval": 3, "logger": False}
     chosen = [harvest, upcycling, RunReport(export="best"), ranked]
     make_trainer(tmp_path, chosen, **settings).fit(module, datamodule=make_data())
