@@ -19,8 +19,8 @@ class Counted(HeldGraphs):
         super().forward(inputs)
 
 
-def graphed_finish(self, trainer):
-    plain_finish(self, trainer)
+def graphed_finish(self, trainer, model):
+    plain_finish(self, trainer, model)
     self.body = GraphedBody()
 
 
