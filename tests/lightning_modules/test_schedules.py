@@ -73,7 +73,7 @@ def test_a_fit_without_an_end_is_refused(make_data, tmp_path):
     [
         ({"accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches=0 must be at least 1"),
         ({"accumulate_grad_batches": -2}, r"trainer\.accumulate_grad_batches=-2 must be"),
-        ({"limit_train_batches": 0}, r"trainer\.limit_train_batches=0 leaves none of the epoch's 24 batches"),
+        ({"limit_train_batches": 0}, r"trainer\.limit_train_batches=0 leaves none of the epoch's 27 batches"),
         ({"limit_train_batches": 0.01}, r"trainer\.limit_train_batches=0\.01 leaves none"),
         ({"val_check_interval": 0}, r"trainer\.val_check_interval=0 must be positive"),
     ],
