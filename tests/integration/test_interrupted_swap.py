@@ -26,16 +26,10 @@ SWAP, GROWTH, END = 3, 4, 5
 
 
 def fit(make_data, run, *others, ckpt_path=None):
-    """A fit whose stages overwrite all of the dense model: experts train along, and the other weights become a mean.
-
-    All batches are the same: this is not about their order.
-    """
+    """A fit whose stages overwrite all of the dense model: experts train along, and the other weights become a mean."""
     choices = {"at_step": SWAP, "non_experts": Mean(), "router": RoutingVectors(epochs=1, expert_lr=1e-3)}
     chosen = [*others, *make_callbacks({"every_n_steps": 1}, choices, report=False), ExpertGrowth(at_step=GROWTH)]
     module, data = make_module(), make_data()
-    data.prepare_data()
-    data.setup("fit")
-    data.rows = data.rows[:1] * len(data.rows)
     trainer = make_trainer(run, chosen, max_steps=END, logger=False)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module.state_dict()
