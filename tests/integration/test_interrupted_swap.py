@@ -26,7 +26,7 @@ SWAP, GROWTH, END = 3, 4, 5
 
 
 def fit(make_data, run, *others, ckpt_path=None):
-    """A fit whose stages overwrite all of the dense model: experts train along, and the other weights become a mean."""
+    """A fit whose stages overwrite all of the dense model: experts train along, other weights become a mean."""
     choices = {"at_step": SWAP, "non_experts": Mean(), "router": RoutingVectors(epochs=1, expert_lr=1e-3)}
     chosen = [*others, *make_callbacks({"every_n_steps": 1}, choices, report=False), ExpertGrowth(at_step=GROWTH)]
     module, data = make_module(), make_data()
