@@ -331,7 +331,7 @@ class ConversationDataModule(L.LightningDataModule):
                 f"the data is not in the cache, {str(self._folder)!r}: a file of it changed since prepare_data, or "
                 "prepare_data did not run on this machine"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer")
+        self.tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer", trust_remote_code=False)
         warn_without_end(self.tokenizer, self.template_name)
         self.stats = read_json(self._folder / "stats.json")
         names = self.stats.pop("domains")
