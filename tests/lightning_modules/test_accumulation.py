@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import ReasoningGymDataModule
 from lightning_modules import DenseModule, MoEModule
+from lightning_modules.accumulation import TokenWindow
 from tests.conftest import FAMILIES, TINY, make_callbacks, make_module, make_trainer, tiny_data
 from tests.lightning_modules.test_optimizers import Fused
 from upit.examples import IGNORE, collate
@@ -115,6 +116,18 @@ def test_gradients_are_those_of_all_tokens_of_the_step(cache, tmp_path, rows, ac
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("counts", [[1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0, 2.0], [3.0, 1.0]])
+def test_few_tokens_count_whole(counts):
+    """The loss of a micro-batch is its number here, so the gradient is their mean weighted by tokens."""
+    weight, window = torch.nn.Linear(1, 1, bias=False), TokenWindow()
+    for i, count in enumerate(counts):
+        window.add(torch.tensor(count), first=i == 0)
+        (weight.weight.sum() * (i + 1) * window.weight / len(counts)).backward()
+    window.scale(weight, divided_by=len(counts))
+    expected = sum((i + 1) * count for i, count in enumerate(counts)) / sum(counts)
+    torch.testing.assert_close(weight.weight.grad, torch.full((1, 1), expected))
 
 
 def test_a_window_without_a_response_token_has_no_gradient(cache, tmp_path):

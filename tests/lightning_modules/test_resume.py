@@ -3,6 +3,7 @@
 import logging
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -12,9 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from callbacks import ExpertGrowth
 from lightning_modules import DenseModule
-from lightning_modules.resume import Change, Point, changes, check
+from lightning_modules.resume import Change, Point, _flat, changes, check, settings_of
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
-from upit.merging import Ties
+from upit.merging import Dare, Ties
 from upit.non_experts import Mean
 
 
@@ -232,3 +233,24 @@ def test_precision_may_change_while_the_parameters_keep_their_dtype(now, then, t
 
 def test_a_field_that_only_one_side_has_is_a_change():
     assert changes({"data.a": 1}, {"data.b": 2}) == [Change("data.a", 1, None), Change("data.b", None, 2)]
+
+
+def test_what_is_recorded_is_plain_and_tells_values_apart():
+    class Owner:
+        def __init__(self, folder, dtype, nested, merge):
+            self.folder, self.dtype, self.nested, self.merge = folder, dtype, nested, merge
+
+    def recorded(*values):
+        return dict(_flat("data", settings_of(Owner(*values))))
+
+    values = [Path("a"), torch.float32, [{"b": Path("c")}], Dare(0.2)]
+    others = [Path("x"), torch.bfloat16, [{"b": Path("y")}], Dare(0.3)]
+    found = recorded(*values)
+    assert found == {
+        "data.folder": "a",
+        "data.dtype": "torch.float32",
+        "data.nested": [{"b": "c"}],
+        "data.merge": "Dare(drop_rate=0.2)",
+    }
+    for i, other in enumerate(others):
+        assert recorded(*values[:i], other, *values[i + 1 :]) != found

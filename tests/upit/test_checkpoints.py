@@ -158,3 +158,8 @@ def test_an_identity_of_another_form_is_refused(tmp_path, identity):
     torch.save({"upit": identity}, tmp_path / "a.ckpt")
     with pytest.raises(FileError, match=r"a\.ckpt"):
         read_identity(tmp_path / "a.ckpt")
+
+
+def test_an_identity_names_no_path_of_the_source(dense, tmp_path):
+    dense.config._name_or_path = str(tmp_path)
+    assert str(tmp_path) not in str(identity_of(dense, phase="dense", swap_step=None))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.upit.conftest import make_data
-from upit.checks import checked_pool, checked_rows
+from upit.checks import checked_pair, checked_pool, checked_rows
 from upit.expansion import expand
 from upit.expert_sources import Harvested
 from upit.families import moe_config
@@ -15,7 +15,7 @@ from upit.router_init.base import WithoutData
 from upit.router_init.standalone import initialise
 from upit.scoring import SeedScorer
 from upit.seed_data import Assignment
-from upit.selection import Parents, Selection
+from upit.selection import MostDissimilar, Parents, Selection
 from upit.similarity import Cosine
 from upit.upcycling import upcycle
 
@@ -168,3 +168,7 @@ def test_a_source_gives_as_many_experts_as_it_announced_and_of_the_base_s_shapes
     name = next(iter(shapes))
     with pytest.raises(ValueError, match=rf"Harvested: tensor '{name}' of expert 0 .* the base's has \(1, 1\)"):
         checked_pool(Harvested(), pool.experts, 3, {**shapes, name: (1, 1)})
+
+
+def test_parents_keep_their_order():
+    assert checked_pair(MostDissimilar(), (2, 0), 3) == (2, 0)

@@ -275,3 +275,30 @@ def test_a_damaged_file_is_made_again_and_said(tmp_path, damage, said, recwarn):
     assert make_once(path, 2.0).tolist() == [2.0] * 3
     assert [str(warning.message).endswith("It is made again") for warning in recwarn] == [True] * said
     assert make_once(path, 3.0).tolist() == [2.0] * 3
+
+
+def test_what_is_pruned_is_listed_and_gone(pool):
+    files = {expert.step: expert.file for expert in pool.experts}
+    freed = files[10].stat().st_size + files[20].stat().st_size
+    assert pool.pruned == []
+    assert pool.prune([10, 20]) == freed
+    again = Pool.load(pool.directory)
+    assert again.pruned == [10, 20]
+    assert [expert.step for expert in again.experts] == [30]
+    assert [step for step, file in files.items() if file.exists()] == [30]
+    again.verify()
+
+
+def test_experts_from_elsewhere_become_a_pool(pool, tmp_path):
+    gathered = Pool(tmp_path / "gathered")
+    found = gathered.gather(pool.base, pool.experts[1:])
+    again = Pool.load(gathered.directory)
+    again.verify()
+    assert [expert.file for expert in again.experts] == [expert.file for expert in found]
+    assert again.base.step == 0
+    for old, new in zip([pool.base, *pool.experts[1:]], [again.base, *again.experts], strict=True):
+        assert new.file.parent == gathered.directory
+        assert (new.step, new.metrics, new.origin) == (old.step, old.metrics, old.origin)
+        assert all(torch.equal(new.read(name), old.read(name)) for name in old.shapes)
+    manifest = json.loads(gathered.manifest_file.read_text())
+    assert {entry["base"] for entry in manifest["experts"]} == {again.base.sha256}
