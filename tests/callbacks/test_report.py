@@ -126,3 +126,18 @@ def test_a_run_that_is_resumed_is_not_finished_until_its_end(finished, make_data
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert "finished" not in report
     assert list(report["stages"])[:3] == ["base", "dense", "swap"]
+
+
+def test_resuming_the_last_checkpoint_of_a_run_finishes_it(finished, make_data, tmp_path):
+    """The run may have been stopped within its final scores or its export."""
+    run, _, module = finished
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "report.json"))
+    trainer, again = make_trainer(tmp_path / "run", make_callbacks(), logger=False), make_module()
+    checkpoint = tmp_path / "run/checkpoints/step=10.ckpt"
+    trainer.fit(again, datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == 10
+    report, whole = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "run", run))
+    assert report["finished"]
+    assert report["stages"] == whole["stages"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in module.lm.state_dict().items())
