@@ -132,11 +132,15 @@ class ExpertHarvest(Callback):
                 pool.forget_after(trainer.global_step)
             barrier()
             pool.check_steps(self.steps)
+            self._harvest(trainer, pl_module)  # of the checkpoint's own step, if it was written before its harvest
 
     @override
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if pl_module.phase != "dense":
-            return
+        if pl_module.phase == "dense":
+            self._harvest(trainer, pl_module)
+
+    def _harvest(self, trainer, pl_module: UpcyclingModule) -> None:
+        """Harvest if a point has been reached since the last look."""
         step = trainer.global_step
         if not any(self.seen_step < point <= step for point in self.planned):
             return

@@ -56,6 +56,8 @@ class RunReport(Callback):
             trainer.datamodule.tokenizer.save_pretrained(self.run / "tokenizer")
         if trainer.ckpt_path is None:
             self._score(trainer, pl_module, "base")
+        elif rank() == 0:  # the file may be that of a later step, or of the run's end
+            write_json(self.run / "report.json", self.report)
         self._since = time.perf_counter()
 
     def on_upcycling_start(self, trainer, module: UpcyclingModule, upcycling) -> None:
@@ -160,7 +162,8 @@ class RunReport(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.report = state_dict["report"]
+        ended = ("finished", "export")  # in a checkpoint that was saved at the end of a fit
+        self.report = {name: value for name, value in state_dict["report"].items() if name not in ended}
 
 
 def _ranking(trainer, module) -> ModelCheckpoint:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -98,6 +98,7 @@ class CausalLMModule(EvaluatedModule):
         self._checkpoints = PhaseCheckpoints()
         self._changed = False  # since the checkpoint that this fit goes on from
         self._set_aside: list[torch.optim.Optimizer] = []
+        self._has_trained = False  # in this fit
         self._window = TokenWindow()
         self._watch = FiniteWatch(lambda name, step: stop(self, f"the {name}", step))
         self._means_before: Tensor | None = None  # totals of the means when the window began
@@ -156,6 +157,7 @@ class CausalLMModule(EvaluatedModule):
             horizon.check_validation(self.trainer)
             check_monitors(self, self.trainer)
             self._settings, self._changed = resume.record(self, self.trainer), False
+            self._has_trained = False
             if self.resumed is not None:  # on the command line; else the checkpoint is known when it is loaded
                 self._changes_since(self.resumed, self.resumed["global_step"])
 
@@ -400,6 +402,7 @@ class CausalLMModule(EvaluatedModule):
 
     @override
     def on_train_start(self) -> None:
+        self._has_trained = True
         self._checkpoints.hold(self.trainer)
         if self._changed:  # the optimizer has the checkpoint's settings by now
             fresh = self.active.optimizers_for(self.phase_steps())
@@ -432,9 +435,28 @@ class CausalLMModule(EvaluatedModule):
         if self.last_fit:
             self._set_aside, self.trainer.strategy.optimizers = self.trainer.strategy.optimizers, []
 
+    @property
+    def _is_at_its_end(self) -> bool:
+        """Whether a fit is running that resumed a run's last checkpoint, and had nothing to train."""
+        trainer = self._trainer
+        if trainer is None or (trainer.state.fn, trainer.state.status) != (TrainerFn.FITTING, TrainerStatus.RUNNING):
+            return False
+        return bool(trainer.ckpt_path) and not self._has_trained
+
+    @override
+    def on_fit_end(self) -> None:
+        """Finish a run whose last checkpoint is resumed: it may have been stopped within its final scores or export.
+
+        Lightning's loop returns at once then and tells no callback that training starts or ends.
+        """
+        if self._is_at_its_end:
+            rank_zero_info(f"nothing is left to train after optimizer step {self.trainer.global_step}")
+            self.trainer.fit_loop.on_run_start()
+            self.trainer.fit_loop.on_run_end()
+
     @override
     def cpu(self) -> Self:
-        if not self.last_fit:
+        if not self.last_fit and not self._is_at_its_end:
             return super().cpu()
         if self._set_aside:  # back, for who saves a checkpoint in on_fit_end
             self.trainer.strategy.optimizers, self._set_aside = self._set_aside, []

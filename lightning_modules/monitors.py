@@ -83,7 +83,7 @@ def check_monitors(module: Any, trainer: L.Trainer) -> None:
         if not found:
             raise ValueError(
                 f"{field}: nothing logs it, only {sorted(set().union(*phases.values()))}; a callback of your own that "
-                "logs it says so in its attribute metrics"
+                f"logs it says so in its attribute metrics, such as {{{start!r}: [{name!r}]}}"
             )
         if isinstance(callback, ModelCheckpoint):
             continue

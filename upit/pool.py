@@ -196,6 +196,10 @@ def _check_entry(entry: Any, manifest: Path, where: str) -> None:
     for name in ("metrics", "origin"):
         if not isinstance(entry.get(name) or {}, dict):
             raise FileError(f"{str(manifest)!r}: {where}.{name} is {entry[name]!r:.80}, expected an object")
+    metrics = entry.get("metrics") or {}
+    check_fields(metrics, dict.fromkeys(metrics, float), manifest, f"{where}.metrics")
+    if "rest" in entry:
+        check_fields(entry, {"rest_sha256": str}, manifest, where)
 
 
 def _name(step: int) -> str:
@@ -236,6 +240,12 @@ class Pool:
         _check_entry(manifest["base"], self.manifest_file, "base")
         for i, entry in enumerate(manifest["experts"]):
             _check_entry(entry, self.manifest_file, f"experts[{i}]")
+        files = [entry["file"] for entry in manifest["experts"]]
+        if len(set(files)) < len(files):
+            raise FileError(f"{str(self.manifest_file)!r}: experts names a file twice: {files}")
+        pruned = manifest.get("pruned", [])
+        if not isinstance(pruned, list) or not all(isinstance(step, int) for step in pruned):
+            raise FileError(f"{str(self.manifest_file)!r}: pruned is {pruned!r:.80}, expected a list of steps")
         return manifest
 
     @property

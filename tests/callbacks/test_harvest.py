@@ -145,6 +145,30 @@ def test_a_resumed_run_harvests_what_is_still_to_come(make_data, tmp_path):
     assert (tmp_path / "experts/step_0000002.safetensors").stat().st_mtime_ns == before
 
 
+class SavesAt(Callback):
+    """Saves a checkpoint as soon as an optimizer step is done, before callbacks that come later in the list."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/early.ckpt")
+
+
+def test_a_checkpoint_written_before_the_harvest_of_its_step_resumes_with_that_harvest(make_data, tmp_path):
+    def harvested(*callbacks, **kwargs):
+        trainer = make_trainer(
+            tmp_path, [*callbacks, ExpertHarvest(every_n_steps=2)], max_steps=5, enable_checkpointing=False
+        )
+        trainer.fit(make_module(), datamodule=make_data(), weights_only=True, **kwargs)
+        return [(expert.step, expert.sha256) for expert in Pool.load(tmp_path / "experts").experts]
+
+    whole = harvested(SavesAt(2))
+    assert [step for step, _ in whole] == [2, 4]
+    assert harvested(ckpt_path=tmp_path / "early.ckpt") == whole
+
+
 def test_a_resumed_run_still_knows_the_metrics_of_before(make_data, tmp_path):
     """A validation before the checkpoint is the last one that later experts have."""
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
@@ -107,3 +108,36 @@ def test_the_report_of_a_resumed_run_has_all_its_stages_and_its_export_goes_besi
     assert 'from_pretrained("export-3")' in (tmp_path / "run/export-3/README.md").read_text()
     for file in run.glob("export/*"):
         assert (tmp_path / "run/export" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoints/step=9.ckpt", "end.ckpt"])
+def test_a_run_that_is_resumed_is_not_finished_until_its_end(finished, make_data, tmp_path, checkpoint):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            raise RuntimeError("on purpose")
+
+    run, trainer, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    assert json.loads((run / "report.json").read_text())["finished"]
+    trainer.save_checkpoint(tmp_path / "run/end.ckpt")
+    trainer = make_trainer(tmp_path / "run", [*make_callbacks(), Fails()], logger=False, max_steps=12)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(make_module(), datamodule=make_data(), ckpt_path=tmp_path / "run" / checkpoint, weights_only=True)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert "finished" not in report
+    assert list(report["stages"])[:3] == ["base", "dense", "swap"]
+
+
+def test_resuming_the_last_checkpoint_of_a_run_finishes_it(finished, make_data, tmp_path):
+    """The run may have been stopped within its final scores or its export."""
+    run, _, module = finished
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "report.json"))
+    trainer, again = make_trainer(tmp_path / "run", make_callbacks(), logger=False), make_module()
+    checkpoint = tmp_path / "run/checkpoints/step=10.ckpt"
+    trainer.fit(again, datamodule=make_data(), ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == 10
+    report, whole = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "run", run))
+    assert report["finished"]
+    assert report["stages"] == whole["stages"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in module.lm.state_dict().items())

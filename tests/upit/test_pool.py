@@ -214,6 +214,27 @@ def test_a_damaged_manifest_is_named(pool, damage):
         Pool.load(pool.directory).experts  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda manifest: manifest["experts"][1].update(metrics={"val/loss": None}),
+            r"experts\[1\]\.metrics\.val/loss",
+        ),
+        (lambda manifest: manifest["experts"].append(manifest["experts"][0]), "names a file twice"),
+        (lambda manifest: manifest.update(pruned=["10"]), r"pruned is \['10'\], expected a list of steps"),
+        (lambda manifest: manifest["experts"][1].update(rest="base.safetensors"), "no field 'rest_sha256'"),
+    ],
+    ids=["metric", "twice", "pruned", "rest"],
+)
+def test_a_manifest_that_contradicts_itself_is_named(pool, damage, message):
+    manifest = json.loads(pool.manifest_file.read_text())
+    damage(manifest)
+    pool.manifest_file.write_text(json.dumps(manifest))
+    with pytest.raises(FileError, match=rf"manifest\.json.*{message}"):
+        Pool.load(pool.directory).experts  # noqa: B018
+
+
 @pytest.mark.parametrize("field", ["step", "epoch", "sha256", "dtype", "metrics", "origin"])
 def test_a_manifest_with_a_value_of_another_type_is_named(pool, field):
     manifest = json.loads(pool.manifest_file.read_text())
