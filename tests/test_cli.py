@@ -403,7 +403,12 @@ def test_export_says_what_is_wrong(cli_run, tmp_path, capsys):
     (tmp_path / "full/mine").write_text("mine")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     good, output = cli_run / "checkpoints/step=3.ckpt", tmp_path / "out"
+    lacking = torch.load(good, weights_only=True)
+    del lacking["state_dict"]["dense.model.model.norm.weight"]
+    torch.save(lacking, tmp_path / "lacking.ckpt")
+    own = ["--tokenizer", cli_run / "tokenizer"]
     for options, message in (
+        (["--ckpt_path", tmp_path / "lacking.ckpt", "--output", output, *own], "lacking.ckpt': the weights don't fit"),
         (["--output", output], "--ckpt_path"),
         (["--ckpt_path", tmp_path / "nowhere.ckpt", "--output", output], "nowhere.ckpt' does not exist"),
         (["--ckpt_path", tmp_path / "text.ckpt", "--output", output], "text.ckpt' is damaged, or not a checkpoint"),

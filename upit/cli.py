@@ -198,7 +198,7 @@ def _report(args: list[str]) -> None:
 
     try:
         output = write_page(options.runs, options.output, track=lambda tags: tqdm(tags, "Drawing", leave=False))
-    except FileNotFoundError as error:
+    except (OSError, ValueError) as error:  # FileError, of a damaged file, is a ValueError
         parser.error(str(error))
     print(f"Wrote {output}")
 

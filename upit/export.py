@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from upit.artefacts import Run, read_report
 from upit.checkpoints import config_of, read_identity, read_weights
 from upit.config_files import make_portable
-from upit.files import check_output, fresh_directory
+from upit.files import FileError, check_output, fresh_directory
 from upit.finite import NotFiniteError, not_finite
 from upit.generation import exported_generation
 
@@ -40,7 +40,7 @@ def export_model(
     Raises:
         FileExistsError: the output is not empty.
         NotFiniteError: a weight is NaN or infinite.
-        RuntimeError: a weight is missing or unexpected.
+        ValueError: a weight is missing or unexpected.
     """
     output = Path(output)
     if broken := not_finite(weights):
@@ -56,7 +56,9 @@ def export_model(
     weights = {name: tensor for name, tensor in weights.items() if name not in tied}
     missing, unexpected = model.load_state_dict(weights, assign=True, strict=False)
     if set(missing) - tied or unexpected:
-        raise RuntimeError(f"the weights don't fit the config: missing {set(missing) - tied}, unexpected {unexpected}")
+        raise ValueError(
+            f"the weights don't fit the config: missing {sorted(set(missing) - tied)}, unexpected {unexpected}"
+        )
     model.tie_weights()
     model.generation_config = GenerationConfig()
     model.config.dtype = next(iter(weights.values())).dtype
@@ -95,15 +97,14 @@ def export_checkpoint(
     folder = Path(tokenizer) if tokenizer else run / "tokenizer"
     if not folder.is_dir():
         raise FileNotFoundError(f"no tokenizer at {str(folder)!r}; name its directory with --tokenizer")
-    return export_model(
-        config_of(identity),
-        read_weights(ckpt_path),
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        output,
-        card=model_card(identity, run, name=output.name),
-        generation=identity.get("generation"),
-        untie=untie,
-    )
+    config, weights = config_of(identity), read_weights(ckpt_path)
+    own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    card, generation = model_card(identity, run, name=output.name), identity.get("generation")
+    try:
+        return export_model(config, weights, own, output, card=card, generation=generation, untie=untie)
+    except ValueError as error:
+        kind = NotFiniteError if isinstance(error, NotFiniteError) else FileError
+        raise kind(f"{str(ckpt_path)!r}: {error}") from None
 
 
 def model_card(identity: Mapping[str, Any], run: Path, *, name: str, weights: Mapping[str, Any] | None = None) -> str:

@@ -86,6 +86,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "upcycling/lineage.json", "metrics.csv"])
+def test_a_damaged_file_of_a_run_is_named(pictured, tmp_path, capsys, name):
+    shutil.copytree(pictured, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"\xff{")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+    assert name in capsys.readouterr().err
+
+
 def test_a_running_run_has_a_page_already(pictured, tmp_path):
     """Only what a fit writes before its swap is there."""
     shutil.copy(pictured / "metrics.csv", tmp_path)
