@@ -18,13 +18,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from upit.ahead import ahead
-from upit.expansion import expand
-from upit.families import FFN, expert_name
-from upit.merging import dare_linear, drop_mask
-from upit.pool import Expert
-from upit.similarity import Cosine
-from upit.tensor_files import write_tensors
+from upit.core.prefetch import ahead
+from upit.core.tensor_files import write_tensors
+from upit.expansion.expand import expand
+from upit.expansion.merging import dare_linear, drop_mask
+from upit.expansion.similarity import Cosine
+from upit.model.families import FFN, expert_name
+from upit.preparation.expert import Expert
 
 HIDDEN, INTERMEDIATE = 2560, 6912
 ROUNDS, TENSORS = 10, 12
@@ -57,7 +57,7 @@ def plain_dare(parents: Sequence[Tensor], base: Tensor) -> Tensor:
 
 def kernels(experts: int) -> None:
     """The kernels beside a copy and plain torch."""
-    from upit.kernels_expansion import dare, products
+    from upit.expansion.kernels import dare, products
 
     make = {"device": "cuda", "dtype": torch.bfloat16}
     bases = [torch.randn(HIDDEN * INTERMEDIATE, **make).mul_(0.02) for _ in range(TENSORS)]

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from triton.testing import do_bench, do_bench_cudagraph
 
-from upit import experts
+from upit.model.experts import dispatch as experts
 
 SHAPES = ["576x1536x8", "576x1536x16", "576x1536x64", "2048x5632x8", "2048x5632x16", "4096x11008x8"]
 TOP_K = 2

@@ -4,8 +4,8 @@
 
 Medians of CUDA events, bf16, top-2. The load is even, or uneven as in a run: each expert has 0.8 of the next heavier's
 rows, in a mixed order. cuBLAS takes all rows with one expert's weights, like a dense FFN.
-QuACK's column (where QuACK runs) is the calls of ``upit.hopper``: in it the first and third have SwiGLU and its
-gradients inside, and the first, third, fourth and sixth gather their tokens' rows.
+QuACK's column (where QuACK runs) is the calls of ``upit.model.experts.quack_kernels``: in it the first and third have
+SwiGLU and its gradients inside, and the first, third, fourth and sixth gather their tokens' rows.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from upit.experts import has_quack
+from upit.model.experts.dispatch import has_quack
 
 TOP_K = 2
 
@@ -40,7 +40,7 @@ def products(hidden: int, inner: int, experts: int, tokens: int) -> dict[str, tu
 
 def quack_products(hidden: int, inner: int, experts: int, tokens: int, ends_E: torch.Tensor) -> list[Callable]:
     """In the order of :func:`products`."""
-    from upit import hopper
+    from upit.model.experts import quack_kernels as hopper
 
     make = {"dtype": torch.bfloat16, "device": "cuda"}
     rows = tokens * TOP_K

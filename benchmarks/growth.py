@@ -31,10 +31,10 @@ def step_times() -> dict[int, float]:
     import torch
     from transformers import LlamaConfig
 
-    from upit.examples import collate
-    from upit.families import moe_config
-    from upit.forward import response_losses
-    from upit.models import build
+    from upit.core.batches import collate
+    from upit.model.families import moe_config
+    from upit.model.forward import response_losses
+    from upit.model.loading.build import build
 
     torch.set_num_threads(1)
     rows = [{"input_ids": list(range(3, 259)), "labels": [-100] * 128 + list(range(131, 259))} for _ in range(8)]
@@ -57,10 +57,10 @@ def expansion_times() -> dict[int, float]:
     import torch
     from transformers import LlamaConfig
 
-    from upit.expansion import expand
-    from upit.families import is_expert
-    from upit.models import build
-    from upit.pool import Pool
+    from upit.expansion.expand import expand
+    from upit.model.families import is_expert
+    from upit.model.loading.build import build
+    from upit.preparation.pool import Pool
 
     torch.manual_seed(0)
     tensors = {
@@ -102,7 +102,7 @@ def memory_peaks() -> dict[str, tuple[float, float]]:
             subprocess.run([sys.executable, "-c", WRITE, name, *map(str, shape)], check=True)
             experts = json.dumps([str(folder / "base"), str(folder / "step")])
             command = [sys.executable, "-m", "upit", "upcycle", "--base", folder / "base", "--experts", experts]
-            command += ["--top_k", "1", "--router", "Random", "--output", folder / "moe"]
+            command += ["--top_k", "1", "--router", "RandomRouter", "--output", folder / "moe"]
             peak = measure(command, folder / "moe").peak_mb
             found[size] = peak, sum(file.stat().st_size for file in (folder / "moe").glob("*.safetensors")) / 1e6
     return found

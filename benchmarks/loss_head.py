@@ -5,7 +5,8 @@
 SmolLM2's head, 576 x 49,152, under bf16 autocast. Each contender is a process of its own; memory is what its peak
 (resident set; on GPUs, allocated) rises above that of the same process before the pass.
 
-- ``ours``: what training uses, ``upit.head.HEAD_TOKENS`` tokens at a time; on GPUs the gradients come with the loss.
+- ``ours``: what training uses, ``upit.model.loss_head.HEAD_TOKENS`` tokens at a time; on GPUs the gradients come with
+  the loss.
 - ``chunks``: the same chunks, their logits computed again in the backward pass; on CPUs what training uses.
 - ``liger``: ``LigerFusedLinearCrossEntropyLoss`` of liger-kernel (GPU only, where it is installed).
 - ``whole``: ``F.cross_entropy`` of all logits in float32, as transformers' causal language models compute it.
@@ -26,7 +27,7 @@ def run(kind: str, device: str, tokens: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from upit.head import head_loss, head_losses
+    from upit.model.loss_head import head_loss, head_losses
 
     torch.manual_seed(0)
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False).to(device)

@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from callbacks import CollapseGuard, CurvesPicture, HParams, RoutingPicture
-from callbacks.pictures import Pictures
+from callbacks.pictures.base import Pictures
 from datamodules import ReasoningGymDataModule
 from lightning_modules import MoEModule
-from upit.families import moe_config
-from upit.models import build, scratch_config
+from upit.model.families import moe_config
+from upit.model.loading.build import build, scratch_config
 
 STEPS = ["off", "on", "logged"]
 VALIDATIONS = ["validation off", "validation on"]

@@ -29,14 +29,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from lightning_modules.optimizers import AdamW
-from upit import experts
-from upit.examples import Batch, collate, to_device, token_mask
-from upit.families import moe_config
-from upit.forward import Body, body_states, response_loss
-from upit.graphs import GraphedBody
-from upit.losses import load_balancing_loss
-from upit.models import build
-from upit.routers import last_routing
+from upit.core.batches import Batch, collate, to_device, token_mask
+from upit.model.cuda_graphs import GraphedBody
+from upit.model.experts import dispatch as experts
+from upit.model.families import moe_config
+from upit.model.forward import Body, body_states, response_loss
+from upit.model.loading.build import build
+from upit.model.losses import load_balancing_loss
+from upit.model.routers import last_routing
 
 SHAPES = {
     "smollm2": {

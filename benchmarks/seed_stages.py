@@ -23,14 +23,14 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig
 
-from upit.examples import collate, length_grouped, to_device
-from upit.families import is_expert
-from upit.forward import response_losses
-from upit.models import build
-from upit.pool import Pool
+from upit.core.batches import collate, length_grouped, to_device
+from upit.model.families import is_expert
+from upit.model.forward import response_losses
+from upit.model.loading.build import build
+from upit.preparation.pool import Pool
 from upit.router_init import RoutingVectors, routing_vectors
-from upit.scoring import BATCH_TOKENS, GPU_BATCH_TOKENS, SeedScorer
-from upit.seed_data import LowestPerplexity
+from upit.router_init.scoring import BATCH_TOKENS, GPU_BATCH_TOKENS, SeedScorer
+from upit.router_init.seeds import LowestPerplexity
 
 SHAPES = {
     "smollm2": {

@@ -146,10 +146,10 @@ def run_variant(variant: str, options: argparse.Namespace) -> dict[str, float]:
 
 def fit(variant: str, file: str, run: str) -> None:
     if variant.startswith("stock"):
-        from upit import experts
+        from upit.model.experts import dispatch as experts
 
         experts.NAME = "grouped_mm"
-    from upit.cli import main as upit
+    from upit.cli.main import main as upit
 
     os.environ.pop("UPIT_RUN_DIR", None)
     upit(["fit", "-c", "configs/smollm2.yaml", "-c", file, "--trainer.default_root_dir", run])

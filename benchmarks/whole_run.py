@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback
 
 from callbacks import ExpertHarvest, Upcycling
-from upit.cli import main as upit
+from upit.cli.main import main as upit
 
 
 class Clock(Callback):

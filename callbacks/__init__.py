@@ -5,11 +5,11 @@ from callbacks.collapse_guard import CollapseGuard
 from callbacks.growth import ExpertGrowth
 from callbacks.harvest import ExpertHarvest
 from callbacks.hparams import HParams
-from callbacks.pictures import LineagePicture, SeedDataPicture
-from callbacks.pilot import DiversityPicture, PilotPicture
+from callbacks.pictures.base import LineagePicture, SeedDataPicture
+from callbacks.pictures.pilot import DiversityPicture, PilotPicture
+from callbacks.pictures.routing import RoutingPicture
+from callbacks.pictures.swap import CurvesPicture, SwapPicture
 from callbacks.report import RunReport
-from callbacks.routing import RoutingPicture
-from callbacks.swap import CurvesPicture, SwapPicture
 from callbacks.upcycling import Upcycling
 
 __all__ = [

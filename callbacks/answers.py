@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
-from upit.distributed import gathered, rank
+from upit.core.distributed import gathered, rank
 
 
 class WriteAnswers(BasePredictionWriter):

@@ -7,10 +7,10 @@ from lightning.pytorch import Callback
 from typing_extensions import override
 
 from callbacks.scalars import log_now
-from upit.collapse import balance_of, collapsed
-from upit.examples import token_mask
-from upit.metrics import ExpertLoad
-from upit.routers import last_routing
+from upit.core.batches import token_mask
+from upit.evaluation.collapse import balance_of, collapsed
+from upit.evaluation.metrics import ExpertLoad
+from upit.model.routers import last_routing
 
 
 class CollapseGuard(Callback):

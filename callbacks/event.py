@@ -17,21 +17,21 @@ from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
-from upit.artefacts import LINEAGE_FILE, write_lineage
-from upit.checkpoints import last_checkpoint
-from upit.distributed import broadcast, rank
-from upit.evaluation import drift, reference_logits
-from upit.expansion import Expansion, expand
-from upit.files import write_json
-from upit.gpu import CPU, HAS_TRITON
-from upit.merging import Dare, Merge
-from upit.points import step_at
-from upit.pool import Expert
-from upit.rehearsal import rehearse_expansion
-from upit.resident import checked_device, usual_device
-from upit.run_seed import run_seed
-from upit.selection import Even, MostDissimilar, Parents, Selection
-from upit.similarity import Cosine, Similarity
+from upit.core.distributed import broadcast, rank
+from upit.core.files import write_json
+from upit.core.gpu import CPU, HAS_TRITON
+from upit.core.points import step_at
+from upit.core.run_seed import run_seed
+from upit.evaluation.scores import drift, reference_logits
+from upit.expansion.device_cache import checked_device, usual_device
+from upit.expansion.expand import Expansion, expand
+from upit.expansion.merging import Dare, Merge
+from upit.expansion.selection import Even, MostDissimilar, Parents, Selection
+from upit.expansion.similarity import Cosine, Similarity
+from upit.model.loading.identity import last_checkpoint
+from upit.preparation.expert import Expert
+from upit.report.run import LINEAGE_FILE, write_lineage
+from upit.upcycling.rehearsal import rehearse_expansion
 
 C = TypeVar("C", bound=Callback)
 TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of parameters, by the trainer's precision
@@ -106,7 +106,7 @@ class UpcyclingEvent(Callback):
         metrics: Sequence[Collection[str]] = (),
         selection: Selection | None = None,
     ) -> None:
-        """Dry call of the expansion's choices; see :func:`upit.rehearsal.rehearse_expansion`.
+        """Dry call of the expansion's choices; see :func:`upit.upcycling.rehearsal.rehearse_expansion`.
 
         Args:
             dtype: of the experts' files; None for that of the training.

@@ -8,17 +8,17 @@ from typing_extensions import override
 from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.protocol import upcycles
 from callbacks.upcycling import Upcycling
-from upit.artefacts import LINEAGE_FILE, Run, read_lineage
-from upit.checks import checked_rows
-from upit.distributed import rank
-from upit.families import is_expert, moe_config
-from upit.growth import MergedRows, NewRows, router_of, trained_experts
-from upit.merging import Merge
-from upit.pool import Pool
-from upit.rehearsal import rehearse_rows
-from upit.selection import Parents
-from upit.similarity import Similarity
-from upit.strategy import check_descriptions
+from upit.core.choice import check_descriptions
+from upit.core.distributed import rank
+from upit.expansion.merging import Merge
+from upit.expansion.selection import Parents
+from upit.expansion.similarity import Similarity
+from upit.model.families import is_expert, moe_config
+from upit.preparation.checks import checked_rows
+from upit.preparation.pool import Pool
+from upit.report.run import LINEAGE_FILE, Run, read_lineage
+from upit.upcycling.growth import MergedRows, NewRows, router_of, trained_experts
+from upit.upcycling.rehearsal import rehearse_rows
 
 
 class ExpertGrowth(UpcyclingEvent):
@@ -69,14 +69,14 @@ class ExpertGrowth(UpcyclingEvent):
         if self.similarity.needs_losses:
             raise ValueError(
                 f"ExpertGrowth.similarity={self.similarity} compares losses on seed data, of which growth has none; "
-                "use upit.similarity.Cosine or Euclidean"
+                "use upit.expansion.Cosine or Euclidean"
             )
         try:
             self.parents.check(metrics=())
         except ValueError as error:
             raise ValueError(
                 f"ExpertGrowth.parents: {error}: trained experts come with no metrics; "
-                "use upit.selection.MostDissimilar, MostSimilar or Random"
+                "use upit.expansion.MostDissimilar, MostSimilar or RandomParents"
             ) from None
         self.num_experts = num_experts
         self.router = router or MergedRows()

@@ -13,15 +13,15 @@ from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule, require_upcycling
 from callbacks.scalars import log_now
-from upit.artefacts import Run
-from upit.checkpoints import resumable_in
-from upit.distance import distance_from
-from upit.distributed import barrier, rank
-from upit.families import is_expert
-from upit.gpu import host_copy, wait_for_copies
-from upit.points import points_within, step_at
-from upit.pool import Pool
-from upit.sharding import full
+from upit.core.distributed import barrier, rank
+from upit.core.gpu import host_copy, wait_for_copies
+from upit.core.points import points_within, step_at
+from upit.core.tensors import full
+from upit.model.families import is_expert
+from upit.model.loading.identity import resumable_in
+from upit.preparation.distance import distance_from
+from upit.preparation.pool import Pool
+from upit.report.run import Run
 
 METRICS = "upit_metrics"  # in checkpoints
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,9 +40,10 @@ class ExpertHarvest(Callback):
         every_n_steps: interval in optimizer steps.
         at_steps: explicit optimizer steps.
         min_distance: harvest adaptively: skip a point until the experts have moved this far since the last harvest,
-            relative to their norm (ours; :func:`upit.distance.distance_from`, logged as ``harvest/distance``). The
-            points above are then how often to look. The last one before the swap is never skipped, nor are those
-            without which too few experts would be left to upcycle from; a warning then says how far they had moved.
+            relative to their norm (ours; :func:`upit.preparation.distance.distance_from`, logged as
+            ``harvest/distance``). The points above are then how often to look. The last one before the swap is never
+            skipped, nor are those without which too few experts would be left to upcycle from; a warning then says how
+            far they had moved.
         dtype: of the files; default the parameters' own.
         keep: which harvested experts stay on disk after the swap: "all"; "used", those that became experts of the MoE;
             or "none". The base always stays, a growth needs it. The others are removed once a checkpoint from after

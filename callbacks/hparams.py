@@ -4,10 +4,10 @@ from lightning.pytorch import Callback
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
-from callbacks.pictures import run_of, tensorboards
-from upit.artefacts import choices
-from upit.distributed import rank
-from upit.tables import markdown, score_table, settings_table
+from callbacks.pictures.base import run_of, tensorboards
+from upit.core.distributed import rank
+from upit.report.run import choices
+from upit.report.tables import markdown, score_table, settings_table
 
 METRICS = (
     "eval/base/loss",

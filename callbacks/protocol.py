@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from upit.pool import Expert
+from upit.preparation.expert import Expert
 
 
 class UpcyclingModule(Protocol):

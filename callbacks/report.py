@@ -13,13 +13,14 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from callbacks.protocol import UpcyclingModule
-from upit.artefacts import Run
-from upit.checkpoints import config_of, read_identity, read_weights
-from upit.distributed import broadcast, rank
-from upit.export import export_model, model_card
-from upit.files import write_json
-from upit.report import print_report
-from upit.sharding import full
+from upit.core.distributed import broadcast, rank
+from upit.core.files import write_json
+from upit.core.tensors import full
+from upit.model.loading.identity import config_of, read_identity, read_weights
+from upit.report.model_card import model_card
+from upit.report.run import Run
+from upit.report.terminal import print_report
+from upit.upcycling.export import export_model
 
 
 class RunReport(Callback):

@@ -8,23 +8,23 @@ from typing_extensions import override
 
 from callbacks.event import UpcyclingEvent, callback_of, follow_module
 from callbacks.harvest import ExpertHarvest
-from upit.artefacts import Run
-from upit.checks import checked_initialisation, checked_pool
-from upit.distributed import rank
-from upit.expansion import check_choices
-from upit.expert_sources import ExpertSource, Harvested
-from upit.families import is_expert
-from upit.merging import Merge
-from upit.non_experts import Last, NonExperts, check_filled
-from upit.placement import borrowed
-from upit.pool import Expert
-from upit.rehearsal import rehearse_assignment, rehearse_router
+from upit.core.choice import check_descriptions
+from upit.core.distributed import rank
+from upit.expansion.expand import check_choices
+from upit.expansion.merging import Merge
+from upit.expansion.selection import Even, Parents, Selection
+from upit.expansion.similarity import Similarity
+from upit.model.families import is_expert
+from upit.preparation.checks import checked_initialisation, checked_pool
+from upit.preparation.expert import Expert
+from upit.preparation.placement import borrowed
+from upit.preparation.sources import ExpertSource, Harvested
+from upit.report.run import Run
 from upit.router_init import RouterInit, RoutingVectors
-from upit.scoring import SeedScorer
-from upit.seed_data import Assignment, LowestPerplexity, draw_seed
-from upit.selection import Even, Parents, Selection
-from upit.similarity import Similarity
-from upit.strategy import check_descriptions
+from upit.router_init.scoring import SeedScorer
+from upit.router_init.seeds import Assignment, LowestPerplexity, draw_seed
+from upit.upcycling.non_experts import LastNonExperts, NonExperts, check_filled
+from upit.upcycling.rehearsal import rehearse_assignment, rehearse_router
 
 
 class Upcycling(UpcyclingEvent):
@@ -44,7 +44,7 @@ class Upcycling(UpcyclingEvent):
         seed_fraction: part of the training set drawn as seed data; 0.01 is the paper's.
         assignment: who gets which seed example; default ``LowestPerplexity()``.
         router: initialisation of the router; default ``RoutingVectors()``.
-        non_experts: where all other parameters come from; default ``Last()`` (ours).
+        non_experts: where all other parameters come from; default ``LastNonExperts()`` (ours).
         drift_examples: held-out examples whose logits are compared before and after the swap.
         seed: of all that is drawn (alphas, masks, noise, seed data, starting vectors); default the run's
             ``seed_everything``.
@@ -86,7 +86,7 @@ class Upcycling(UpcyclingEvent):
         self.seed_fraction = seed_fraction
         self.assignment = assignment or LowestPerplexity()
         self.router = router or RoutingVectors()
-        self.non_experts = non_experts or Last()
+        self.non_experts = non_experts or LastNonExperts()
         check_descriptions(self)
 
     # --- before the fit ------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Upcycling(UpcyclingEvent):
         if self.non_experts.of_pool and not self.source.whole:
             raise ValueError(
                 f"Upcycling.non_experts={self.non_experts} averages over checkpoints, but those of "
-                f"source={self.source} come without the parameters it needs; use upit.non_experts.Last"
+                f"source={self.source} come without the parameters it needs; use upit.upcycling.LastNonExperts"
             )
         self.source.check(dense, trainer.datamodule.tokenizer)
         self.non_experts.check(dense)

@@ -29,11 +29,11 @@ from datamodules.packing import Rows, group_by_length, pack
 from datamodules.split import Split, chosen_examples, domain_name, split_by_content, split_given
 from datamodules.table import INDEX, Examples, TableWriter
 from datamodules.tokenising import tokenised
-from upit.checkpoints import read_identity
-from upit.examples import IGNORE, PADDING, Batch, collate, length_grouped
-from upit.files import digest, read_json, write_json
-from upit.run_seed import run_seed
-from upit.verifiers import Exact, Verifier
+from upit.core.batches import IGNORE, PADDING, Batch, collate, length_grouped
+from upit.core.files import digest, read_json, write_json
+from upit.core.run_seed import run_seed
+from upit.evaluation.verifiers import Exact, Verifier
+from upit.model.loading.identity import read_identity
 
 PAD_MULTIPLE = 64
 CACHE_VERSION = 4  # raised when the same source gives other examples than before

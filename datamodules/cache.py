@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from upit.files import read_json, write_json
+from upit.core.files import read_json, write_json
 
 CONTENTS = "contents.json"  # written last: size and sha256 of every other file of the entry
 UNFINISHED = "unfinished."

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from upit.examples import IGNORE
-from upit.generation import Closing, closing, special_tokens, stop_ids
+from upit.core.batches import IGNORE
+from upit.model.generation import Closing, closing, special_tokens, stop_ids
 
 Message = Mapping[str, Any]
 Row = Mapping[str, Any]  # id, domain, messages; may have tools and metadata
@@ -396,7 +396,7 @@ def encode_batch(tokenizer, rows: Sequence[Row], *, max_length: int, invalid: st
         max_length: tokens of an example; it is cut there.
         invalid: ``refuse`` raises on a conversation that the template refuses; ``drop`` gives it an example without
             tokens, and the reason.
-    Returns: the fields of :class:`upit.examples.Example`, and of each example
+    Returns: the fields of :class:`upit.core.batches.Example`, and of each example
 
         - ``cut``: whether it was longer than ``max_length``;
         - ``merged``: 1 where tokenising the whole conversation would have merged its last response with the prompt;

@@ -13,7 +13,7 @@ from typing_extensions import override
 from datamodules.base import ConversationDataModule, Row
 from datamodules.files import DataFile, count_records, data_files, file_digest, read_records
 from datamodules.forms import FORMS, ConversationError, Dropped, FormName, Forms
-from upit.sources import content_key, load_tokenizer, loading, template_text
+from upit.model.loading.sources import content_key, load_tokenizer, loading, template_text
 
 
 class InstructionDataModule(ConversationDataModule):
@@ -40,8 +40,8 @@ class InstructionDataModule(ConversationDataModule):
         metadata_column: what a domain's verifier needs besides the answer, e.g. the tests of a program.
         invalid: ``refuse`` stops at a conversation that can't be trained on, and names file and row; ``drop`` leaves
             such conversations out, and counts them by reason.
-        chat_template: Jinja text, a file, or a name, see :func:`upit.sources.set_chat_template`; default the
-            tokenizer's own.
+        chat_template: Jinja text, a file, or a name, see :func:`upit.model.loading.sources.set_chat_template`; default
+            the tokenizer's own.
         trust_remote_code: allow tokenizer code that comes with the files.
     Raises: ValueError, FileNotFoundError: what is wrong with the data: file, line, column, remedy.
     """

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from datamodules.base import ConversationDataModule, Row, check_at_least
 from datamodules.split import domain_name
-from upit.chat_templates import CHATML
-from upit.sources import content_key, load_tokenizer, set_chat_template, template_text
+from upit.model.loading.chat_templates import CHATML
+from upit.model.loading.sources import content_key, load_tokenizer, set_chat_template, template_text
 
 HELDOUT_SEED = 2**31
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from upit.examples import Example
+from upit.core.batches import Example
 
 EXAMPLES, INDEX = "examples.arrow", "index.npz"
 SCHEMA = pa.schema(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from upit.distributed import world_size
-from upit.sharding import local
+from upit.core.distributed import world_size
+from upit.core.tensors import local
 
 
 class TokenWindow:

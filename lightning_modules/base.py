@@ -22,15 +22,15 @@ from lightning_modules.optimizers import AdamW, adamw, take_settings
 from lightning_modules.progress import settle
 from lightning_modules.stops import stop
 from lightning_modules.strategies import check_strategy
-from upit.checkpoints import IDENTITY, identity_in, identity_of, read_identity
-from upit.distributed import all_sum, gathered, world_size
-from upit.examples import IGNORE, Batch
-from upit.finite import FiniteWatch, not_finite
-from upit.forward import Body, body_states, response_loss
-from upit.graphs import GraphedBody, check_capturable
-from upit.metrics import WeightedMeans
-from upit.models import rebuild
-from upit.sharding import shard
+from upit.core.batches import IGNORE, Batch
+from upit.core.distributed import all_sum, gathered, world_size
+from upit.core.finite import FiniteWatch, not_finite
+from upit.evaluation.metrics import WeightedMeans
+from upit.model.cuda_graphs import GraphedBody, check_capturable
+from upit.model.forward import Body, body_states, response_loss
+from upit.model.loading.build import rebuild
+from upit.model.loading.identity import IDENTITY, identity_in, identity_of, read_identity
+from upit.model.sharding import shard
 
 SETTINGS = "settings"  # of the run, in the identity; see lightning_modules.resume
 MEANS = "upit_means"  # of the training steps since the last logged one, in checkpoints
@@ -47,8 +47,9 @@ class CausalLMModule(EvaluatedModule):
         warmup_fraction: part of the phase's steps in which the rate rises linearly.
         compile: compile each decoder layer in place (keys stay; layers share one graph), for training steps only:
             validation and generation meet many shapes and run eagerly.
-        cuda_graphs: run the decoder's body in training steps as CUDA graphs, see :class:`upit.graphs.GraphedBody`; for
-            small models, whose kernels end before the host has launched the next. One GPU; nothing on a CPU.
+        cuda_graphs: run the decoder's body in training steps as CUDA graphs, see
+            :class:`upit.model.cuda_graphs.GraphedBody`; for small models, whose kernels end before the host has
+            launched the next. One GPU; nothing on a CPU.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
         trust_remote_code: allow model code that comes with the weights.
         max_new_tokens: longest generated answer; default by the reference's length, 256 where there is none.
@@ -465,7 +466,7 @@ class CausalLMModule(EvaluatedModule):
     # --- identity in checkpoints ---------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint says about the model; see :func:`upit.checkpoints.identity_of`."""
+        """What a checkpoint says about the model; see :func:`upit.model.loading.identity.identity_of`."""
         return identity_of(self.lm, phase=self.active.phase, swap_step=self.swap_step)
 
     @override

@@ -8,10 +8,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
-from upit.distributed import broadcast
-from upit.examples import Batch
-from upit.metrics import WeightedMeans
-from upit.models import check_tokenizer, from_scratch, load_pretrained, read_config, scratch_config
+from upit.core.batches import Batch
+from upit.core.distributed import broadcast
+from upit.evaluation.metrics import WeightedMeans
+from upit.model.loading.build import check_tokenizer, from_scratch, load_pretrained, read_config, scratch_config
 
 
 class DenseModule(CausalLMModule):

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from upit.distributed import world_size
-from upit.evaluation import Scores, evaluate, summed_answers, summed_losses
-from upit.examples import PADDING, Batch
-from upit.generation import answer_column, greedy_answers
-from upit.metrics import WeightedMeans
+from upit.core.batches import PADDING, Batch
+from upit.core.distributed import world_size
+from upit.evaluation.metrics import WeightedMeans
+from upit.evaluation.scores import Scores, evaluate, summed_answers, summed_losses
+from upit.model.generation import answer_column, greedy_answers
 
 PREDICT_TOKENS = 256
 
@@ -116,6 +116,6 @@ class EvaluatedModule(L.LightningModule):
         return [{**row, self.answer_column: answer} for row, answer in zip(rows, answers, strict=True)]
 
     def score(self, track=lambda batches: batches) -> Scores:
-        """Held-out loss and exact match per domain; see :func:`upit.evaluation.evaluate`."""
+        """Held-out loss and exact match per domain; see :func:`upit.evaluation.scores.evaluate`."""
         most = self.active.max_new_tokens
         return evaluate(self.lm, self.trainer.datamodule, max_new_tokens=most, autocast=self.autocast, track=track)

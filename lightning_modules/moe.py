@@ -6,13 +6,13 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_modules.base import CausalLMModule
-from upit.distributed import all_sum, world_size
-from upit.examples import Batch, token_mask
-from upit.families import check_top_k
-from upit.losses import load_balancing_loss, router_z_loss
-from upit.metrics import WeightedMeans
-from upit.models import check_tokenizer, load_pretrained
-from upit.routers import last_routing
+from upit.core.batches import Batch, token_mask
+from upit.core.distributed import all_sum, world_size
+from upit.evaluation.metrics import WeightedMeans
+from upit.model.families import check_top_k
+from upit.model.loading.build import check_tokenizer, load_pretrained
+from upit.model.losses import load_balancing_loss, router_z_loss
+from upit.model.routers import last_routing
 
 
 class MoEModule(CausalLMModule):
@@ -29,8 +29,9 @@ class MoEModule(CausalLMModule):
         model: an exported MoE to start from; None inside :class:`UpITModule`, which upcycles one.
         num_experts: experts a layer, of the MoE that is upcycled; default ours. With ``model``, its own count stands.
         top_k: experts a token, of the MoE that is upcycled; 2 is the paper's. With ``model``, its own number stands.
-        load_balancing_weight: of :func:`upit.losses.load_balancing_loss`; ours, not the paper's; 0 turns it off.
-        router_z_loss_weight: of :func:`upit.losses.router_z_loss`, which keeps router logits small; 0.001 is ST-MoE's.
+        load_balancing_weight: of :func:`upit.model.losses.load_balancing_loss`; ours, not the paper's; 0 turns it off.
+        router_z_loss_weight: of :func:`upit.model.losses.router_z_loss`, which keeps router logits small; 0.001 is
+            ST-MoE's.
     """
 
     phase = "moe"

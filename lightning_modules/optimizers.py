@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from upit.attention import HALF
-from upit.sharding import local
+from upit.core.tensors import local
+from upit.model.attention import HALF
 
 SAMPLED_TENSORS, SAMPLED_WEIGHTS = 8, 4096  # of which lost updates are counted, and of each; ours
 LOOKED_AT = 100  # steps in which they are; ours

@@ -13,9 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from upit.choices import parameters_of
-from upit.run_seed import run_seed
-from upit.strategy import Strategy
+from upit.core.choice import Strategy, parameters_of
+from upit.core.run_seed import run_seed
 
 Record = dict[str, Any]
 

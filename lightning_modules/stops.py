@@ -2,8 +2,8 @@
 
 from typing import Any, NoReturn
 
-from upit.checkpoints import last_checkpoint
-from upit.finite import NotFiniteError
+from upit.core.finite import NotFiniteError
+from upit.model.loading.identity import last_checkpoint
 
 
 def stop(module: Any, what: str, step: int) -> NoReturn:

@@ -12,11 +12,11 @@ from lightning_modules.base import CausalLMModule
 from lightning_modules.dense import DenseModule
 from lightning_modules.moe import MoEModule
 from lightning_modules.monitors import logged
-from upit.checkpoints import config_of
-from upit.families import grown_config, moe_config
-from upit.models import build, outline
-from upit.pool import Expert
-from upit.upcycling import upcycle
+from upit.model.families import grown_config, moe_config
+from upit.model.loading.build import build, outline
+from upit.model.loading.identity import config_of
+from upit.preparation.expert import Expert
+from upit.upcycling.assemble import upcycle
 
 SHOWN = 16  # harvest points in the first lines of a fit; ours
 

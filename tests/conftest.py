@@ -122,7 +122,7 @@ def pictured(tmp_path_factory, cache) -> Path:
     import yaml
 
     from tests.integration.test_two_processes import small_config
-    from upit.cli import main
+    from upit.cli.main import main
 
     run = tmp_path_factory.mktemp("pictured")
     config = small_config(run, cache)

@@ -1,6 +1,6 @@
 """Change one small thing in the code at a time, and see whether the tests that mirror it fail.
 
-    python -m tests.mutations --count 40 --seed 0 lightning_modules/accumulation.py upit/finite.py
+    python -m tests.mutations --count 40 --seed 0 lightning_modules/accumulation.py upit/core/finite.py
 
 Works on a copy of the repository. Prints a line a mutation and ends with the survivors: changes that no test noticed.
 A survivor is a missing test, or a change that means the same.
@@ -26,6 +26,29 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info", "build", "dist")
 MIRRORS = {  # modules whose tests have another name, or lie in several files
+    "upit/preparation/expert.py": ["upit/preparation/test_pool.py"],
+    "upit/router_init/seeds.py": ["upit/router_init/test_seeds.py", "upit/router_init/test_assignment.py"],
+    "upit/report/lineage.py": ["upit/upcycling/test_export.py", "upit/report/test_figures.py"],
+    "upit/report/model_card.py": ["upit/upcycling/test_export.py"],
+    "upit/offline/export_checkpoint.py": ["upit/upcycling/test_export.py"],
+    "upit/cli/moved.py": ["upit/cli/test_errors.py"],
+    **{
+        f"upit/model/families/{name}.py": ["upit/model/test_families.py"] for name in ("base", "llama", "olmo", "qwen")
+    },
+    **{
+        f"upit/report/figures/{name}.py": ["upit/report/test_figures.py"]
+        for name in ("base", "curves", "lineage", "pilot", "routing", "seeds", "similarity")
+    },
+    **{
+        f"callbacks/pictures/{name}.py": ["callbacks/test_pictures.py"]
+        for name in ("base", "pilot", "routing", "swap")
+    },
+    **{
+        f"upit/offline/{name}.py": ["upit/offline/test_stages.py"]
+        for name in ("expand_files", "upcycle_files", "init_router", "inspect", "standalone", "inputs", "terminal")
+    },
+    **{f"upit/cli/{name}.py": ["test_cli.py"] for name in ("main", "fit", "parser", "own_modules")},
+    "upit/cli/stages.py": ["upit/offline/test_stages.py", "test_cli.py"],
     "lightning_modules/base.py": ["lightning_modules/test_modules.py", "lightning_modules/test_accumulation.py"],
     "lightning_modules/horizon.py": ["lightning_modules/test_schedules.py"],
 }
@@ -126,7 +149,7 @@ def survives(mutation: Mutation, checkout: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.mutations", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FILE", help="modules to change, such as upit/finite.py")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="modules to change, such as upit/core/finite.py")
     parser.add_argument("--count", type=int, default=40, help="changes to try, drawn from all; default 40")
     parser.add_argument("--seed", type=int, default=0, help="of the draw; default 0")
     parser.add_argument("--jobs", type=int, default=2, help="changes at a time; default 2")

@@ -18,8 +18,8 @@ import yaml
 from lightning_modules import DenseModule
 from tests.conftest import TINY
 from tests.integration.test_two_processes import small_config
-from upit.cli import main
-from upit.run_directory import LOCK, RUN_DIR, Lock
+from upit.cli.main import main
+from upit.cli.run_directory import LOCK, RUN_DIR, Lock
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def records(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["export", "--help"], []])
 def test_help_imports_no_torch(args):
     script = (
-        "import sys\nfrom upit.cli import main\n"
+        "import sys\nfrom upit.cli.main import main\n"
         f"try:\n    main({args})\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules), 'slow help'\n"
     )
@@ -85,7 +85,7 @@ def test_an_unknown_subcommand_is_named_with_the_known_ones(capsys):
 
 def upit_in(folder: Path, *args: str) -> subprocess.CompletedProcess:
     """One command as the installed script runs it: the working directory is not on the path."""
-    command = [sys.executable, "-P", "-c", "from upit.cli import main; main()", *args]
+    command = [sys.executable, "-P", "-c", "from upit.cli.main import main; main()", *args]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -325,7 +325,7 @@ def test_the_base_on_request(cli_run, tmp_path, monkeypatch, capsys):
 
 def test_verifiers_are_chosen_by_domain_in_a_config(cli_run, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((cli_run / "config.yaml").read_text())
-    number = {"class_path": "upit.verifiers.Number", "init_args": {"tolerance": 0.5}}
+    number = {"class_path": "upit.evaluation.verifiers.Number", "init_args": {"tolerance": 0.5}}
     config["data"]["init_args"] |= {"verifiers": {"letters": number, "arithmetic": None}, "score_examples": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     checkpoint = cli_run / "checkpoints/step=6.ckpt"
@@ -333,7 +333,7 @@ def test_verifiers_are_chosen_by_domain_in_a_config(cli_run, tmp_path, monkeypat
     shown = capsys.readouterr().out
     assert "exact_match/letters" in shown
     assert "exact_match/arithmetic" not in shown
-    config["data"]["init_args"]["verifiers"] = {"letters": {"class_path": "upit.verifiers.Code"}}
+    config["data"]["init_args"]["verifiers"] = {"letters": {"class_path": "upit.evaluation.verifiers.Code"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit):
         upit("test", "-c", tmp_path / "config.yaml", "--ckpt_path", checkpoint, monkeypatch=monkeypatch)

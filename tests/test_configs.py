@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from callbacks import ExpertHarvest, Upcycling
 from lightning_modules import UpITModule
-from upit.cli import main
-from upit.run_directory import RUN_DIR
+from upit.cli.main import main
+from upit.cli.run_directory import RUN_DIR
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = sorted(CONFIGS.glob("*.yaml"))

@@ -52,7 +52,7 @@ def test_an_installation_has_the_configs(installed):
 
 def test_an_installation_finds_its_configs_by_name(installed, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(installed))
-    script = "from upit.config_names import find\nprint(find('ablations/random_parents'))"
+    script = "from upit.cli.config_names import find\nprint(find('ablations/random_parents'))"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert Path(done.stdout.strip()) == installed / "upit/configs/ablations/random_parents.yaml", done.stderr
 

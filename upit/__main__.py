@@ -1,4 +1,4 @@
-from upit.cli import main
+from upit.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -6,9 +6,9 @@ import pytest
 
 from callbacks import ExpertHarvest
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
-from upit.artefacts import read_lineage
-from upit.expert_sources import Harvested
-from upit.pool import Pool
+from upit.preparation.pool import Pool
+from upit.preparation.sources import Harvested
+from upit.report.run import read_lineage
 
 
 def fit(make_data, run, harvest, upcycling=None, **kwargs):

@@ -9,7 +9,7 @@ import torch
 from callbacks import CollapseGuard
 from lightning_modules import DenseModule
 from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
-from upit.router_init import Random
+from upit.router_init import RandomRouter
 
 STRICT = {"window": 2, "min_share": 1.0, "min_entropy": 1.0}  # any imbalance is a collapse
 
@@ -17,7 +17,7 @@ STRICT = {"window": 2, "min_share": 1.0, "min_entropy": 1.0}  # any imbalance is
 @pytest.fixture
 def fit(make_data, tmp_path):
     def fit(guard, ckpt_path=None, **moe):
-        callbacks = make_callbacks({"every_n_steps": 1}, {"at_step": 2, "router": Random()}, report=False)
+        callbacks = make_callbacks({"every_n_steps": 1}, {"at_step": 2, "router": RandomRouter()}, report=False)
         trainer = make_trainer(tmp_path, [*callbacks, guard, every_step_checkpoints(tmp_path)], max_steps=9)
         module = make_module(**moe)
         trainer.fit(module, datamodule=make_data(), ckpt_path=ckpt_path, weights_only=True)

@@ -9,10 +9,10 @@ from callbacks import ExpertGrowth
 from callbacks.event import MissedEventError
 from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
-from upit.growth import NewRows
-from upit.merging import Merge
-from upit.selection import Best
-from upit.similarity import Functional
+from upit.expansion.merging import Merge
+from upit.expansion.selection import BestParents
+from upit.expansion.similarity import Functional
+from upit.upcycling.growth import NewRows
 
 
 def fit(run, data, callbacks, *, module=None, **kwargs):
@@ -31,11 +31,11 @@ def fit(run, data, callbacks, *, module=None, **kwargs):
         ({"at_epoch": 1.0, "at_step": 3}, "one of at_epoch and at_step"),
         (
             {"at_step": 8, "similarity": Functional()},
-            r"ExpertGrowth\.similarity=Functional.*use upit\.similarity\.Cosine",
+            r"ExpertGrowth\.similarity=Functional.*use upit\.expansion\.Cosine",
         ),
         (
-            {"at_step": 8, "parents": Best("val/loss")},
-            r"ExpertGrowth\.parents: Best\.metric='val/loss': .*use upit\.selection\.MostDissimilar",
+            {"at_step": 8, "parents": BestParents("val/loss")},
+            r"ExpertGrowth\.parents: BestParents\.metric='val/loss': .*use upit\.expansion\.MostDissimilar",
         ),
     ],
 )

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from callbacks import ExpertGrowth, ExpertHarvest, harvest
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
-from upit.inspection import inspect
-from upit.pool import Pool
+from upit.preparation.pool import Pool
+from upit.report.inspection import inspect
 
 
 @pytest.mark.parametrize(

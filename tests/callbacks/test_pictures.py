@@ -26,8 +26,8 @@ from callbacks import (
 )
 from lightning_modules import MoEModule
 from tests.conftest import make_callbacks, make_module, make_trainer
-from upit.artefacts import Run
-from upit.pictures import PICTURES
+from upit.report.pictures import PICTURES
+from upit.report.run import Run
 
 GROUPS = {"dense", "harvest", "experts", "router", "moe", "eval", "train", "val"}
 

@@ -20,13 +20,13 @@ from lightning_modules import DenseModule
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
 from tests.upit.pools import make_pool
 from tests.upit.tiny import dense_model
-from upit.expert_sources import Checkpoints
-from upit.merging import Linear, Merge
-from upit.non_experts import Named
-from upit.pool import Pool
+from upit.expansion.merging import Linear, Merge
+from upit.expansion.selection import BestParents, LastCheckpoints, Parents
+from upit.preparation.pool import Pool
+from upit.preparation.sources import Checkpoints
 from upit.router_init import FromFile, RoutingVectors, WithoutData
-from upit.seed_data import Assignment, LowestPerplexity
-from upit.selection import Best, Last, Parents
+from upit.router_init.seeds import Assignment, LowestPerplexity
+from upit.upcycling.non_experts import NamedNonExperts
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def other_router(tmp_path):
     ("make", "message"),
     [
         (lambda path: {"source": Checkpoints([other_model(path)])}, r"other/config\.json: vocab_size=64"),
-        (lambda path: {"non_experts": Named(other_model(path))}, r"Named\.path=.*other'"),
+        (lambda path: {"non_experts": NamedNonExperts(other_model(path))}, r"NamedNonExperts\.path=.*other'"),
         (lambda path: {"router": other_router(path)}, r"FromFile\.path=.* of shape \(2, 9, 32\)"),
         (lambda path: {"expansion_device": "tpu"}, r"Upcycling\.expansion_device='tpu' is no device"),
     ],
@@ -157,22 +157,22 @@ def test_experts_are_expanded_on_the_device_that_is_said_or_on_the_one_that_trai
 @pytest.mark.parametrize(
     ("metric", "settings", "message"),
     [
-        ("val/los", {}, r"Best\.metric='val/los': .* 'val/loss'"),
-        ("moe/val_loss", {}, r"Best\.metric='moe/val_loss'"),
+        ("val/los", {}, r"BestParents\.metric='val/los': .* 'val/loss'"),
+        ("moe/val_loss", {}, r"BestParents\.metric='moe/val_loss'"),
         (
             "val/loss",
             {"val_check_interval": 6},
-            r"Best\.metric='val/loss': .* only with \['dense/lm_loss', 'train/loss'\]",
+            r"BestParents\.metric='val/loss': .* only with \['dense/lm_loss', 'train/loss'\]",
         ),
-        ("val/loss", {"val_check_interval": "00:10:00:00"}, r"Best\.metric='val/loss'"),
-        ("val/loss", {"val_check_interval": 5}, r"Best\.metric='val/loss': only 1 of 2 experts comes with it"),
-        ("train/loss", {"log_every_n_steps": 7}, r"Best\.metric='train/loss': .* only with .*'val/loss'"),
+        ("val/loss", {"val_check_interval": "00:10:00:00"}, r"BestParents\.metric='val/loss'"),
+        ("val/loss", {"val_check_interval": 5}, r"BestParents\.metric='val/loss': only 1 of 2 experts comes with it"),
+        ("train/loss", {"log_every_n_steps": 7}, r"BestParents\.metric='train/loss': .* only with .*'val/loss'"),
     ],
 )
 def test_parents_by_a_metric_that_no_harvest_notes_are_refused_before_training(
     make_data, tmp_path, metric, settings, message
 ):
-    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best(metric)}, report=False)
+    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": BestParents(metric)}, report=False)
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, make_data(), callbacks, **{"val_check_interval": 2, **settings})
     assert not (tmp_path / "experts").exists()
@@ -194,13 +194,15 @@ def test_a_run_resumed_after_its_swap_has_no_more_choices_to_check(
 
 
 def test_parents_by_a_metric_of_the_validations(make_data, tmp_path):
-    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("val/loss")}, report=False)
+    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": BestParents("val/loss")}, report=False)
     trainer = fit(tmp_path, make_data(), callbacks, val_check_interval=2, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
 
 def test_parents_by_a_metric_of_the_training_steps(make_data, tmp_path):
-    callbacks = make_callbacks({"every_n_steps": 3}, {"at_step": 6, "parents": Best("train/loss")}, report=False)
+    callbacks = make_callbacks(
+        {"every_n_steps": 3}, {"at_step": 6, "parents": BestParents("train/loss")}, report=False
+    )
     trainer = fit(tmp_path, make_data(), callbacks, log_every_n_steps=2, max_steps=7)
     assert trainer.lightning_module.phase == "moe"
 
@@ -364,7 +366,7 @@ def test_any_expert_rate_and_router_gives_a_moe_that_trains(make_data, tmp_path)
     choices = (
         {"router": RoutingVectors(epochs=1, expert_lr=1e-3)},
         {"assignment": LowestPerplexity(capacity_factor=None)},
-        {"selection": Last()},
+        {"selection": LastCheckpoints()},
     )
     for number, settings in enumerate(choices):
         run = tmp_path / str(number)

@@ -6,7 +6,7 @@ import pytest
 
 from datamodules import InstructionDataModule
 from datamodules.reasoning_gym import train_tokenizer
-from upit.chat_templates import CHATML
+from upit.model.loading.chat_templates import CHATML
 
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "</s>", "[INST]", "[/INST]"]
 TEXT = (

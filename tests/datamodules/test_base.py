@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.datamodules.conftest import ready, turns, write_jsonl
-from upit.examples import IGNORE, PADDING, block_causal_mask
+from upit.core.batches import IGNORE, PADDING, block_causal_mask
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from tokenizers import processors
 from datamodules.chat import check_template, encode, encode_batch, warn_without_end
 from datamodules.reasoning_gym import train_tokenizer
 from tests.datamodules.conftest import turns
-from upit.chat_templates import CHATML
-from upit.examples import IGNORE
+from upit.core.batches import IGNORE
+from upit.model.loading.chat_templates import CHATML
 
 # ChatML without marks
 CHATML_PLAIN = (

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from tests.datamodules.conftest import ready, turns, write_jsonl
-from upit.examples import IGNORE
+from upit.core.batches import IGNORE
 
 ROWS = [{"messages": turns(f"What is {i} + {i}?", f"{2 * i}")} for i in range(20)]
 PAIRS = [{"question": f"What is {i} + {i}?", "reply": f"{2 * i}", "topic": ("sums", "more")[i % 2]} for i in range(20)]

@@ -9,9 +9,9 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from datamodules.chat import encode_batch
 from tests.datamodules.conftest import turns
 from tests.datamodules.test_chat import ANSWER_SPACE, CHATML_DEFAULT_SYSTEM, CHATML_PLAIN
-from tests.upit.test_generation import PHI3_OWN
-from upit.chat_templates import TEMPLATES
-from upit.examples import IGNORE
+from tests.upit.model.test_generation import PHI3_OWN
+from upit.core.batches import IGNORE
+from upit.model.loading.chat_templates import TEMPLATES
 
 SPECIAL = [
     "<pad>",

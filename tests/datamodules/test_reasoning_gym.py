@@ -8,7 +8,7 @@ import pytest
 from datamodules import ReasoningGymDataModule
 from datamodules.reasoning_gym import train_tokenizer
 from tests.conftest import FAMILIES
-from upit.chat_templates import CHATML
+from upit.model.loading.chat_templates import CHATML
 
 
 def question(data, row) -> str:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from datamodules.table import SCHEMA, Examples, TableWriter
-from upit.examples import collate, domains_of, lengths_of
+from upit.core.batches import collate, domains_of, lengths_of
 
 
 def batch(start: int, count: int, tokens: int) -> pa.RecordBatch:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-import upit.scoring
+import upit.router_init.scoring
 
 
 class KeepRanks(Callback):
@@ -26,7 +26,7 @@ class FailWhileScoring(Callback):
     """Saves ``handler.ckpt`` while the first expert stands in the model, and ``exception.ckpt`` when a pass fails."""
 
     def on_upcycling_start(self, trainer, module, upcycling) -> None:
-        score, calls = upit.scoring.score_examples, []
+        score, calls = upit.router_init.scoring.score_examples, []
 
         def scoring(model, *args, **kwargs):
             calls.append(score(model, *args, **kwargs))
@@ -35,7 +35,7 @@ class FailWhileScoring(Callback):
                 model.model.layers[-1].mlp.register_forward_pre_hook(self._fail)
             return calls[-1]
 
-        upit.scoring.score_examples = scoring
+        upit.router_init.scoring.score_examples = scoring
 
     def _fail(self, *_) -> None:
         raise RuntimeError("failed in the middle of a pass")

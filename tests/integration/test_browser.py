@@ -14,10 +14,10 @@ from urllib.parse import quote
 
 import pytest
 
-from upit.artefacts import Run
-from upit.page import write_page
-from upit.pictures import PICTURES
-from upit.token_text import symbol, token_text
+from upit.report.page import write_page
+from upit.report.pictures import PICTURES
+from upit.report.run import Run
+from upit.report.token_text import symbol, token_text
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), "")

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from tests.conftest import make_callbacks, make_trainer
 from tests.upit.tiny import dense_model
-from upit.families import FAMILIES
+from upit.model.families import FAMILIES
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_trainer
-from upit.export import export_checkpoint
-from upit.models import build, scratch_config
+from upit.model.loading.build import build, scratch_config
+from upit.offline.export_checkpoint import export_checkpoint
 
 SETTINGS = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
 

@@ -5,8 +5,8 @@ import torch
 
 from lightning_modules.base import CausalLMModule
 from tests.conftest import make_callbacks, make_module, make_trainer
-from tests.upit.test_graphs import HeldGraphs
-from upit.graphs import GraphedBody
+from tests.upit.model.test_cuda_graphs import HeldGraphs
+from upit.model.cuda_graphs import GraphedBody
 
 plain_finish = CausalLMModule.finish
 
@@ -26,7 +26,7 @@ def graphed_finish(self, trainer, model):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_fit_through_graphs_ends_where_it_would(make_data, tmp_path, monkeypatch, accumulate):
-    monkeypatch.setattr("upit.graphs._Graphs", Counted)
+    monkeypatch.setattr("upit.model.cuda_graphs._Graphs", Counted)
     monkeypatch.setattr(Counted, "replays", 0)
     ends = []
     for finish in (plain_finish, graphed_finish):

@@ -30,13 +30,13 @@ from callbacks import (
 from lightning_modules import UpITModule
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer, tiny_data
 from tests.integration.test_resume import ROOT, final_weights, fit, write_config
-from upit.artefacts import Run
-from upit.export import export_checkpoint
-from upit.inspection import inspect
-from upit.page import page
-from upit.pictures import PICTURES
-from upit.pool import Pool
-from upit.run_directory import RUN_DIR
+from upit.cli.run_directory import RUN_DIR
+from upit.offline.export_checkpoint import export_checkpoint
+from upit.preparation.pool import Pool
+from upit.report.inspection import inspect
+from upit.report.page import page
+from upit.report.pictures import PICTURES
+from upit.report.run import Run
 
 SWAP, GROWTH, END = 4, 7, 10
 

@@ -13,21 +13,21 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 import callbacks.event
 import lightning_modules.upit
 import upit.router_init.routing_vectors
-import upit.scoring
+import upit.router_init.scoring
 from callbacks import ExpertGrowth
 from tests.conftest import make_callbacks, make_module, make_trainer, tiny_data
 from tests.integration.test_resume import ROOT, same, write_config
-from upit.checkpoints import read_weights
-from upit.non_experts import Mean
+from upit.cli.run_directory import RUN_DIR
+from upit.model.loading.identity import read_weights
 from upit.router_init import RoutingVectors
-from upit.run_directory import RUN_DIR
+from upit.upcycling.non_experts import MeanNonExperts
 
 SWAP, GROWTH, END = 3, 4, 5
 
 
 def fit(make_data, run, *others, ckpt_path=None):
     """A fit whose stages overwrite all of the dense model: experts train along, other weights become a mean."""
-    choices = {"at_step": SWAP, "non_experts": Mean(), "router": RoutingVectors(epochs=1, expert_lr=1e-3)}
+    choices = {"at_step": SWAP, "non_experts": MeanNonExperts(), "router": RoutingVectors(epochs=1, expert_lr=1e-3)}
     chosen = [*others, *make_callbacks({"every_n_steps": 1}, choices, report=False), ExpertGrowth(at_step=GROWTH)]
     module, data = make_module(), make_data()
     trainer = make_trainer(run, chosen, max_steps=END, logger=False)
@@ -54,7 +54,7 @@ class Watch(Callback):
 
 MOMENTS = {
     "expansion": (callbacks.event.UpcyclingEvent, "expand", 1),
-    "scoring": (upit.scoring, "score_examples", 2),
+    "scoring": (upit.router_init.scoring, "score_examples", 2),
     "router": (upit.router_init.routing_vectors, "_joint_loss", 3),
     "assembly": (lightning_modules.upit, "upcycle", 1),
     "optimizer": (lightning_modules.UpITModule, "configure_optimizers", 2),

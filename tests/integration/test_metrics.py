@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_modules import DenseModule
 from tests.conftest import TINY, tiny_data
-from upit.artefacts import Run
-from upit.evaluation import domain_exact_match
+from upit.evaluation.scores import domain_exact_match
+from upit.report.run import Run
 
 EVERY, STEPS = 3, 7
 COLLECTIVES = ("barrier", "all_gather", "all_reduce")

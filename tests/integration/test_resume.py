@@ -12,9 +12,9 @@ import yaml
 
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
 from tests.integration.test_two_processes import small_config
-from upit.checkpoints import read_weights
-from upit.cli import main
-from upit.run_directory import RUN_DIR
+from upit.cli.main import main
+from upit.cli.run_directory import RUN_DIR
+from upit.model.loading.identity import read_weights
 
 ROOT = Path(__file__).parents[2]
 # Kills its own process as soon as a file of the stage appears in the run's directory.
@@ -41,7 +41,7 @@ def watch():
     os.kill(os.getpid(), signal.SIGKILL)
 
 threading.Thread(target=watch, daemon=True).start()
-from upit.cli import main
+from upit.cli.main import main
 main()
 """
 

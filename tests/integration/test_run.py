@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Stoc
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
 from tests.conftest import every_step_checkpoints, make_callbacks, make_module, make_trainer
-from upit.artefacts import Run, read_lineage
-from upit.examples import collate
-from upit.export import export_checkpoint
-from upit.forward import response_logits
+from upit.core.batches import collate
+from upit.model.forward import response_logits
+from upit.offline.export_checkpoint import export_checkpoint
+from upit.report.run import Run, read_lineage
 from upit.router_init import RoutingVectors
 
 
@@ -120,10 +120,12 @@ def test_killed_during_expansion_reuses_what_is_finished(finished, make_data, tm
     assert len(merged) == 2
     before = [file.stat().st_mtime_ns for file in merged]
     scored = []
-    import upit.scoring
+    import upit.router_init.scoring
 
-    original = upit.scoring.score_examples
-    monkeypatch.setattr(upit.scoring, "score_examples", lambda *a, **k: scored.append(1) or original(*a, **k))
+    original = upit.router_init.scoring.score_examples
+    monkeypatch.setattr(
+        upit.router_init.scoring, "score_examples", lambda *a, **k: scored.append(1) or original(*a, **k)
+    )
     resumed = make_module()
     trainer = make_trainer(run, make_callbacks(report=False))
     trainer.fit(resumed, datamodule=make_data(), ckpt_path=run / "checkpoints/step=6.ckpt", weights_only=True)

@@ -5,16 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_callbacks, make_module, make_trainer
-from upit.artefacts import read_lineage
-from upit.expert_sources import Checkpoints, Copies, DropUpcycling, Harvested
-from upit.export import export_checkpoint
-from upit.merging import DareTies, Slerp, Ties
-from upit.non_experts import Last, Mean
-from upit.router_init import HiddenMean, Random, Ridge, RoutingVectors
-from upit.seed_data import RandomAssignment, RelativeLoss
-from upit.selection import MostDiverse
-from upit.selection import Random as RandomParents
-from upit.similarity import Euclidean, Functional
+from upit.expansion.merging import DareTies, Slerp, Ties
+from upit.expansion.selection import MostDiverse, RandomParents
+from upit.expansion.similarity import Euclidean, Functional
+from upit.offline.export_checkpoint import export_checkpoint
+from upit.preparation.sources import Checkpoints, Copies, DropUpcycling, Harvested
+from upit.report.run import read_lineage
+from upit.router_init import HiddenMean, RandomRouter, Ridge, RoutingVectors
+from upit.router_init.seeds import RandomAssignment, RelativeLoss
+from upit.upcycling.non_experts import LastNonExperts, MeanNonExperts
 
 
 def fit(make_data, run, upcycling, **moe):
@@ -34,7 +33,7 @@ def fit(make_data, run, upcycling, **moe):
         ({"source": Copies(noise_std=0.01), "router": Ridge()}, ["copy"] * 4),
         ({"source": DropUpcycling(), "router": HiddenMean(), "assignment": RelativeLoss()}, ["drop_upcycling"] * 4),
         (
-            {"source": Harvested(base=True), "router": Ridge(), "non_experts": Mean(), "merge": Ties()},
+            {"source": Harvested(base=True), "router": Ridge(), "non_experts": MeanNonExperts(), "merge": Ties()},
             ["base", "harvested", "harvested", "merged"],
         ),
         (
@@ -42,7 +41,7 @@ def fit(make_data, run, upcycling, **moe):
             ["harvested", "harvested", "merged", "merged"],
         ),
         (
-            {"similarity": Euclidean(), "merge": DareTies(), "parents": RandomParents(), "router": Random()},
+            {"similarity": Euclidean(), "merge": DareTies(), "parents": RandomParents(), "router": RandomRouter()},
             ["harvested", "harvested", "merged", "merged"],
         ),
     ],
@@ -64,13 +63,15 @@ def test_copies_do_not_drift(make_data, tmp_path):
 def test_checkpoints_of_another_run(finished, make_data, tmp_path):
     run, _, _ = finished
     source = Checkpoints([str(run / "experts")])
-    module, _, lineage = fit(make_data, tmp_path, {"source": source, "non_experts": Last(), "router": Random()})
+    module, _, lineage = fit(
+        make_data, tmp_path, {"source": source, "non_experts": LastNonExperts(), "router": RandomRouter()}
+    )
     assert [entry.get("path") for entry in lineage[:2]] == [str(run / "experts")] * 2
     assert module.phase == "moe"
 
 
 def test_fewer_experts_than_checkpoints(make_data, tmp_path):
-    upcycling = {"selection": MostDiverse(), "router": Random()}
+    upcycling = {"selection": MostDiverse(), "router": RandomRouter()}
     _, _, lineage = fit(make_data, tmp_path, upcycling, num_experts=1, top_k=1)
     assert [entry["step"] for entry in lineage] == [4]
 
@@ -78,7 +79,7 @@ def test_fewer_experts_than_checkpoints(make_data, tmp_path):
 @pytest.mark.parametrize(
     ("upcycling", "message"),
     [
-        ({"source": Copies(), "non_experts": Mean()}, "source=Copies.* come without the parameters"),
+        ({"source": Copies(), "non_experts": MeanNonExperts()}, "source=Copies.* come without the parameters"),
         ({"source": Harvested("first_half"), "at_step": 3}, "at least 2 checkpoints to merge, there are 1"),
     ],
 )
@@ -92,7 +93,12 @@ def test_branch_train_mix(finished, make_data, tmp_path):
     run, _, _ = finished
     models = [export_checkpoint(run / f"checkpoints/step={step}.ckpt", tmp_path / f"m/{step}") for step in (2, 5)]
     module = make_module(num_experts=2, top_k=1, lr=0.0)
-    upcycling = {"at_step": 1, "source": Checkpoints([f"{tmp_path}/m/*"]), "non_experts": Mean(), "router": Random()}
+    upcycling = {
+        "at_step": 1,
+        "source": Checkpoints([f"{tmp_path}/m/*"]),
+        "non_experts": MeanNonExperts(),
+        "router": RandomRouter(),
+    }
     callbacks = make_callbacks({"at_steps": [1]}, upcycling, report=False)
     make_trainer(tmp_path / "run", callbacks, max_steps=2).fit(module, datamodule=make_data())
     first, second = (load_file(model / "model.safetensors") for model in models)

@@ -19,7 +19,11 @@ def test_a_sweep_resumes_and_skips(tmp_path, cache):
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep_all},
     ]
     config["harvest"] = {"every_n_steps": 2}
-    config["upcycling"] = {"at_step": 4, "seed_fraction": 0.1, "router": {"class_path": "upit.router_init.Random"}}
+    config["upcycling"] = {
+        "at_step": 4,
+        "seed_fraction": 0.1,
+        "router": {"class_path": "upit.router_init.RandomRouter"},
+    }
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump(config))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import FAMILIES, TINY
-from upit.artefacts import Run
+from upit.report.run import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,9 +95,9 @@ HARVEST = {"every_n_steps": 1, "min_distance": 0.008}
 UPCYCLING = {
     "at_step": 4,
     "seed_fraction": 0.1,
-    "source": {"class_path": "upit.expert_sources.Harvested", "init_args": {"base": True}},
-    "similarity": {"class_path": "upit.similarity.Functional"},
-    "non_experts": {"class_path": "upit.non_experts.Mean"},
+    "source": {"class_path": "upit.preparation.Harvested", "init_args": {"base": True}},
+    "similarity": {"class_path": "upit.expansion.Functional"},
+    "non_experts": {"class_path": "upit.upcycling.MeanNonExperts"},
     "router": {"class_path": "upit.router_init.Ridge"},
 }
 GROWTH = {"class_path": "callbacks.ExpertGrowth", "init_args": {"at_step": 6, "num_experts": 9}}

@@ -14,11 +14,11 @@ from lightning_modules import DenseModule, MoEModule
 from lightning_modules.accumulation import TokenWindow
 from tests.conftest import FAMILIES, TINY, make_callbacks, make_module, make_trainer, tiny_data
 from tests.lightning_modules.test_optimizers import Fused
-from upit.examples import IGNORE, collate
-from upit.families import moe_config
-from upit.losses import load_balancing_loss
-from upit.models import build, scratch_config
-from upit.routers import last_routing
+from upit.core.batches import IGNORE, collate
+from upit.model.families import moe_config
+from upit.model.loading.build import build, scratch_config
+from upit.model.losses import load_balancing_loss
+from upit.model.routers import last_routing
 
 EXAMPLES = 8
 BALANCE = 0.5

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from datamodules.reasoning_gym import train_tokenizer
 from lightning_modules import DenseModule, MoEModule, UpITModule
 from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
-from upit.families import moe_config
-from upit.models import build
-from upit.router_init import Random
-from upit.routers import last_routing
+from upit.model.families import moe_config
+from upit.model.loading.build import build
+from upit.model.routers import last_routing
+from upit.router_init import RandomRouter
 
 FAST = {"compile": True, "gradient_checkpointing": True}
 
@@ -78,7 +78,7 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(make_data,
 
 def test_a_dense_model_is_no_moe_and_the_other_way_round(finished, make_data, tmp_path):
     run, _, _ = finished
-    from upit.export import export_checkpoint
+    from upit.offline.export_checkpoint import export_checkpoint
 
     dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
     with pytest.raises(ValueError, match=r"is a 'llama', no MoE; supported: .*'mixtral'"):
@@ -89,7 +89,7 @@ def test_a_dense_model_is_no_moe_and_the_other_way_round(finished, make_data, tm
 
 def test_mixed_tokenizers_are_refused(finished, make_data, tmp_path):
     run, _, _ = finished
-    from upit.export import export_checkpoint
+    from upit.offline.export_checkpoint import export_checkpoint
 
     dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
     with pytest.raises(ValueError, match=r"the tokenizer has 400 tokens but .* embeds 320.*data\.tokenizer"):
@@ -97,7 +97,7 @@ def test_mixed_tokenizers_are_refused(finished, make_data, tmp_path):
 
 
 def test_a_tokenizer_of_equal_size_from_another_model_is_refused(finished, make_data, tmp_path):
-    from upit.export import export_checkpoint
+    from upit.offline.export_checkpoint import export_checkpoint
 
     run, _, _ = finished
     dense = export_checkpoint(run / "checkpoints/step=4.ckpt", tmp_path / "dense")
@@ -157,7 +157,7 @@ def test_a_resumed_dense_phase_obeys_the_swap_of_its_config(finished, make_data,
     run, _, _ = finished
     shutil.copytree(run, tmp_path / "run")
     module = make_module()
-    callbacks = make_callbacks(upcycling={"at_step": 8, "seed_fraction": 0.1, "router": Random()}, report=False)
+    callbacks = make_callbacks(upcycling={"at_step": 8, "seed_fraction": 0.1, "router": RandomRouter()}, report=False)
     trainer = make_trainer(tmp_path / "run", callbacks)
     trainer.fit(module, datamodule=make_data(), ckpt_path=tmp_path / "run/checkpoints/step=4.ckpt", weights_only=True)
     assert module.phase == "moe"
@@ -204,7 +204,11 @@ class Frequencies(L.Callback):
 def test_bf16_true_rounds_no_rotary_frequencies(make_data, tmp_path):
     """Before the swap, after it, after a resume of either phase, and in a validation alone."""
     run, half = tmp_path / "run", {"precision": "bf16-true", "max_steps": 4, "logger": False}
-    upcycling = {"harvest": {"every_n_steps": 1}, "upcycling": {"at_step": 2, "router": Random()}, "report": False}
+    upcycling = {
+        "harvest": {"every_n_steps": 1},
+        "upcycling": {"at_step": 2, "router": RandomRouter()},
+        "report": False,
+    }
     phases = {"dense", "moe"}
     for resumed, expected in ((None, phases), (1, phases), (3, {"moe"})):
         callbacks, watch = [*make_callbacks(**upcycling), every_step_checkpoints(run)], Frequencies()

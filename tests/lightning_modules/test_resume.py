@@ -15,8 +15,8 @@ from callbacks import ExpertGrowth
 from lightning_modules import DenseModule
 from lightning_modules.resume import Change, Point, _flat, changes, check, settings_of
 from tests.conftest import TINY, make_callbacks, make_module, make_trainer
-from upit.merging import Dare, Ties
-from upit.non_experts import Mean
+from upit.expansion.merging import Dare, Ties
+from upit.upcycling.non_experts import MeanNonExperts
 
 
 class Rates(Callback):
@@ -148,7 +148,7 @@ REFUSED = [
     (8, {"upcycling": {"merge": Ties()}}, r"Upcycling\.merge=Ties\(.*\) \(checkpoint: Dare\(drop_rate=0\.2"),
     (8, {"upcycling": {"at_step": 5}}, r"Upcycling\.at_step=5 \(checkpoint: 6\): the dense model has been upcycled"),
     (4, {"harvest": {"every_n_steps": 2}}, r"ExpertHarvest\.every_n_steps=2 \(checkpoint: 3\)"),
-    (4, {"upcycling": {"non_experts": Mean()}}, r"ExpertHarvest\.keep_rest=True \(checkpoint: False\)"),
+    (4, {"upcycling": {"non_experts": MeanNonExperts()}}, r"ExpertHarvest\.keep_rest=True \(checkpoint: False\)"),
 ]
 
 

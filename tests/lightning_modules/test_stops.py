@@ -16,10 +16,10 @@ from lightning_modules import DenseModule
 from tests.conftest import TINY, every_step_checkpoints, make_callbacks, make_module, make_trainer
 from tests.integration.test_two_processes import small_config
 from tests.lightning_modules.test_optimizers import Fused
-from upit.cli import main
-from upit.finite import NotFiniteError
-from upit.run_directory import RUN_DIR
-from upit.upcycling import upcycle
+from upit.cli.main import main
+from upit.cli.run_directory import RUN_DIR
+from upit.core.finite import NotFiniteError
+from upit.upcycling.assemble import upcycle
 
 
 class Break(L.Callback):

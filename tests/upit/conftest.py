@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig
 
 from tests.upit.tiny import SIZES
-from upit.examples import IGNORE
-from upit.families import is_expert
-from upit.models import build
-from upit.pool import Pool
+from upit.core.batches import IGNORE
+from upit.model.families import is_expert
+from upit.model.loading.build import build
+from upit.preparation.pool import Pool
 
 
 @pytest.fixture

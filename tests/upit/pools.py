@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from upit.families import FFN, expert_name
-from upit.pool import Expert, Pool
+from upit.model.families import FFN, expert_name
+from upit.preparation.expert import Expert
+from upit.preparation.pool import Pool
 
 HIDDEN, INTERMEDIATE, LAYERS = 16, 24, 2
 

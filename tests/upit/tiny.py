@@ -14,8 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from upit.families import is_expert
-from upit.pool import Expert, write_expert
+from upit.model.families import is_expert
+from upit.preparation.expert import Expert
+from upit.preparation.pool import write_expert
 
 SIZES = {
     "vocab_size": 64,

@@ -1,17 +1,24 @@
-"""Router initialisation: what the rows of each router's weight are before post-training."""
+"""Stage 3: seed data, and what the rows of each router's weight are before post-training."""
 
-from upit.router_init.base import FromFile, Random, RouterInit, WithoutData
+from upit.router_init.base import FromFile, RandomRouter, RouterInit, WithoutData
 from upit.router_init.hidden_states import HiddenMean, Ridge
-from upit.router_init.routing_vectors import RoutingVectors, optimise_routing_vectors, routing_loss
+from upit.router_init.routing_vectors import RoutingVectors
+from upit.router_init.scoring import SeedBatches, Seeds, SeedScorer
+from upit.router_init.seeds import Assignment, LowestPerplexity, RandomAssignment, RelativeLoss
 
 __all__ = [
+    "Assignment",
     "FromFile",
     "HiddenMean",
-    "Random",
+    "LowestPerplexity",
+    "RandomAssignment",
+    "RandomRouter",
+    "RelativeLoss",
     "Ridge",
     "RouterInit",
     "RoutingVectors",
+    "SeedBatches",
+    "SeedScorer",
+    "Seeds",
     "WithoutData",
-    "optimise_routing_vectors",
-    "routing_loss",
 ]

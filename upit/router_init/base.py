@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upit.compatibility import check_architecture
-from upit.pool import Expert
-from upit.scoring import Autocast, Seeds
-from upit.strategy import Strategy
-from upit.tensor_files import TensorFiles, open_tensors
-from upit.tensor_header import read_header
+from upit.core.choice import Strategy
+from upit.core.progress import Autocast
+from upit.core.tensor_files import TensorFiles, open_tensors
+from upit.core.tensor_header import read_header
+from upit.preparation.compatibility import check_architecture
+from upit.preparation.expert import Expert
+from upit.router_init.scoring import Seeds
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,13 +56,13 @@ class RouterInit(Strategy):
 
         Args:
             dense: model in evaluation mode. Overwrite its FFN only while it is borrowed, see
-                :func:`upit.placement.borrowed`.
+                :func:`upit.preparation.placement.borrowed`.
             seeds: scored and assigned seed data.
             data: data module, for ``train_set`` and ``tokenizer``.
             directory: for what is worth keeping of an interrupted initialisation.
             track: wraps the work, for a progress bar.
         Returns: the experts, which may have been trained along, and ``router_DEH``, float32, on the CPU. The caller
-            checks both with :func:`upit.checks.checked_initialisation`.
+            checks both with :func:`upit.preparation.checks.checked_initialisation`.
         """
 
 
@@ -76,7 +77,7 @@ class WithoutData(RouterInit):
         """``router_DEH``, float32, on the CPU."""
 
 
-class Random(WithoutData):
+class RandomRouter(WithoutData):
     """Stock transformers' own: normal, with the config's ``initializer_range`` (the paper's "no initialisation")."""
 
     def weights(self, dense, num_experts, *, seed=0):

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upit.distributed import all_sum
-from upit.families import is_expert
-from upit.forward import ffn_inputs_of, layer_inputs_of
-from upit.placement import borrowed
-from upit.pool import Expert
+from upit.core.distributed import all_sum
+from upit.core.progress import Autocast
+from upit.core.tensors import local, local_slices
+from upit.model.families import is_expert
+from upit.model.forward import ffn_inputs_of, layer_inputs_of
+from upit.preparation.expert import Expert
+from upit.preparation.placement import borrowed
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, Seeds, ffn_inputs_by_example
-from upit.sharding import local, local_slices
+from upit.router_init.scoring import Seeds, ffn_inputs_by_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

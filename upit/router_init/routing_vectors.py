@@ -13,18 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upit.distributed import all_sum, barrier, on_rank_zero, own_share, rank, world_size
-from upit.examples import IGNORE, PADDING, Batch, Example, collate, to_device
-from upit.families import is_expert
-from upit.files import digest
-from upit.forward import ffn_inputs_of, response_losses
-from upit.placement import borrowed
-from upit.pool import Expert, finished, record, write_expert
+from upit.core.batches import IGNORE, PADDING, Batch, Example, collate, to_device
+from upit.core.distributed import all_sum, barrier, on_rank_zero, own_share, rank, world_size
+from upit.core.files import digest
+from upit.core.progress import Autocast
+from upit.core.tensor_files import TensorFiles
+from upit.core.tensors import average_gradients
+from upit.model.families import is_expert
+from upit.model.forward import ffn_inputs_of, response_losses
+from upit.preparation.expert import Expert
+from upit.preparation.placement import borrowed, load_experts, write_ffn
+from upit.preparation.pool import finished, record, write_expert
+from upit.preparation.state_key import examples_key, state_key
 from upit.router_init.base import RouterInit
-from upit.scoring import Autocast, Seeds, ffn_inputs_by_example, load_experts, write_ffn
-from upit.sharding import average_gradients
-from upit.state_key import examples_key, state_key
-from upit.tensor_files import TensorFiles
+from upit.router_init.scoring import Seeds, ffn_inputs_by_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.upit.tiny import dense_model, expert_of
-from upit.examples import IGNORE, collate
-from upit.forward import ffn_inputs_of, response_states
-from upit.router_init import HiddenMean, Random, Ridge
+from upit.core.batches import IGNORE, collate
+from upit.model.forward import ffn_inputs_of, response_states
+from upit.preparation.placement import load_experts
+from upit.router_init import HiddenMean, RandomRouter, Ridge
 from upit.router_init.hidden_states import load_mean
-from upit.scoring import Seeds, load_experts
+from upit.router_init.scoring import Seeds
 
 OWNERS = [0, 1, 2, 1, 0, 2, 2]
 
@@ -105,8 +106,8 @@ def test_an_empty_bucket_gives_zeros(case, tmp_path):
 
 def test_random_needs_no_seed_data(case, tmp_path):
     dense, experts, _, _ = case
-    _, router_DEH = Random()(dense, experts, None, None, directory=tmp_path, seed=3)
-    _, again = Random()(dense, experts, None, None, directory=tmp_path, seed=3)
+    _, router_DEH = RandomRouter()(dense, experts, None, None, directory=tmp_path, seed=3)
+    _, again = RandomRouter()(dense, experts, None, None, directory=tmp_path, seed=3)
     assert torch.equal(router_DEH, again)
     assert float(router_DEH.std()) == pytest.approx(dense.config.initializer_range, rel=0.2)
     next(load_experts(dense, experts))

@@ -11,12 +11,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.upit.conftest import expert_tensors, make_data
-from upit import scoring
-from upit.examples import PADDING, collate
-from upit.forward import ffn_inputs_of, response_logits
-from upit.router_init import RoutingVectors, optimise_routing_vectors, routing_vectors
-from upit.scoring import SeedScorer, load_experts
-from upit.seed_data import LowestPerplexity
+from upit.core.batches import PADDING, collate
+from upit.model.forward import ffn_inputs_of, response_logits
+from upit.preparation.placement import load_experts
+from upit.router_init import RoutingVectors, routing_vectors, scoring
+from upit.router_init.routing_vectors import optimise_routing_vectors
+from upit.router_init.scoring import SeedScorer
+from upit.router_init.seeds import LowestPerplexity
 
 DATA = make_data(12)
 BUCKET = [0, 2, 3, 5, 8]

@@ -1,0 +1,1 @@
+"""Callbacks that draw: each hands a run's pictures to TensorBoard."""

@@ -1,0 +1,1 @@
+"""What knows neither a model nor the method: files, tensors, processes, progress."""

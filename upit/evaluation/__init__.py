@@ -1,0 +1,1 @@
+"""Held-out scores, routing, and metrics of both."""

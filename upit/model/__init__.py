@@ -1,0 +1,1 @@
+"""Dense models and MoEs: architectures, loading, forward pass, losses."""

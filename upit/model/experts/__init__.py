@@ -1,0 +1,1 @@
+"""The experts' matrix products, behind transformers' experts interface."""

@@ -1,0 +1,1 @@
+"""Models, configs, tokenizers and checkpoints, read from disk or made from scratch."""

@@ -1,0 +1,1 @@
+"""What a run left behind, and how it is shown: terminal, pictures, one HTML page."""
