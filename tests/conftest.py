@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.pop("PL_GLOBAL_SEED", None)
 
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,14 @@ TINY = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 128,
 }
+
+
+@pytest.fixture(autouse=True)
+def own_seed():
+    """A command of an earlier test in this process leaves its seed behind; weights and order of the data follow it."""
+    torch.manual_seed(0)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(scope="session")

@@ -38,10 +38,10 @@ def test_the_export_can_be_left_out(make_data, tmp_path):
 
 
 def test_the_best_checkpoint_is_exported(make_data, tmp_path, capsys):
-    """The rate is so high that the first validation after the swap is the best."""
-    ranked = ModelCheckpoint(tmp_path / "elsewhere", monitor="moe/val_loss", mode="min", save_top_k=1)
+    """The loss falls, so the first validation after the swap is the best where a high loss is wanted."""
+    ranked = ModelCheckpoint(tmp_path / "elsewhere", monitor="moe/val_loss", mode="max", save_top_k=1)
     harvest, upcycling = make_callbacks({"every_n_steps": 1}, {"at_step": 2}, report=False)
-    module = make_module(lr=10.0)
+    module = make_module(lr=1e-2)
     settings = {"max_steps": 6, "val_check_interval": 3, "logger": False}
     chosen = [harvest, upcycling, RunReport(export="best"), ranked]
     make_trainer(tmp_path, chosen, **settings).fit(module, datamodule=make_data())
