@@ -309,6 +309,17 @@ def test_what_is_pruned_is_listed_and_gone(pool):
     assert [expert.step for expert in again.experts] == [30]
     assert [step for step, file in files.items() if file.exists()] == [30]
     again.verify()
+    with pytest.raises(TensorFileError, match=r"steps \[10, 20\] were pruned"):
+        again.check_steps([10, 20, 30])
+    with pytest.raises(TensorFileError, match=r"steps \[10, 25\] are not in its manifest"):
+        again.check_steps([10, 25])
+
+
+def test_an_expert_that_is_harvested_again_is_not_pruned_any_more(pool, dense):
+    pool.prune([10, 20])
+    pool.add(shift(expert_tensors(dense), 0.1, seed=5), step=10, epoch=0.25, metrics={})
+    assert pool.pruned == [20]
+    pool.check_steps([10, 30])
 
 
 def test_experts_from_elsewhere_become_a_pool(pool, tmp_path):
