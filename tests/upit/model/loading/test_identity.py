@@ -166,4 +166,4 @@ def test_an_identity_names_no_path_of_the_source(dense, tmp_path):
     dense.config._name_or_path = str(tmp_path)
     identity = identity_of(dense, phase="dense", swap_step=None)
     assert str(tmp_path) not in str(identity)
-    assert identity["config"]["initializer_range"] == dense.config.initializer_range, "defaults too, which may change"
+    assert identity["config"]["return_dict"] is True, "defaults too, which may change between versions"
